@@ -1562,19 +1562,21 @@ def _inflate(blocks: Iterator[bytes], state: _State) -> Iterator[bytes]:
                 head,
                 b"",
             )
-        while block:
+        plain = block
+        while plain:
             try:
                 plain = inflater.decompress(block, _BLOCK_SIZE)
-                while plain:
-                    yield plain
-                    plain = inflater.decompress(inflater.unconsumed_tail, _BLOCK_SIZE)
             except zlib.error as error:
                 raise StreamError(
                     f"the answer's compression is broken: {error}"
                 ) from error
-            block = inflater.unused_data
-            if block:  # another gzip member
-                inflater = zlib.decompressobj(47)
+            if plain:
+                yield plain
+            block = inflater.unconsumed_tail
+            if inflater.eof:  # another gzip member may follow, or padding
+                plain = block = inflater.unused_data.lstrip(b"\0")
+                if block:
+                    inflater = zlib.decompressobj(47)
     if inflater is not None and not inflater.eof and state.fault is None:
         state.fault = _cut("its compressed data is incomplete")
 
@@ -2056,8 +2058,9 @@ class _Template:
     Most chunks are the chunk before with another string in them. Once that is proven for
     a chunk, those that follow need no JSON parser: a line with the same bytes around a
     valid string literal is the same JSON but for that string, and so gives the same
-    event but for its text. Any chunk that is read in full replaces the template, so
-    between learning and matching nothing else has changed.
+    event but for its text: any chunk that is read in full replaces the template, so
+    that between learning and matching nothing has changed, and none is learned whose
+    second reading would differ from its first.
     """
 
     #: Members that OpenAI and others fill with random letters, against eavesdroppers.
@@ -2157,8 +2160,8 @@ def _find_string(
         call = delta["tool_calls"][0]
         holder, key, text = call["function"], "arguments", event.arguments
         choice, index, id, name = event.choice, event.index, event.id, event.name
-        if type(call["index"]) is not int:  # a name without an index is a new call
-            raise LookupError
+        if type(call["index"]) is not int or holder.get("name"):
+            raise LookupError  # read twice, it may begin a second call
 
         def make(text: str) -> Event:
             return ToolCallDelta(index, id, name, text, None, choice)

@@ -1,0 +1,2555 @@
+"""Tests of chatstream: real sockets on loopback, both transports, no mocking of HTTP.
+
+The server's side of a test is a script of bytes and pauses. Only sleep and random are
+ever replaced, and no test depends on how fast the machine is.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import email.utils
+import gc
+import gzip
+import json
+import logging
+import os
+import pathlib
+import pickle
+import random
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import pytest
+
+import chatstream as cs
+from chatstream import (
+    Chunk,
+    Completed,
+    Message,
+    ReasoningDelta,
+    RefusalDelta,
+    TextDelta,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
+
+try:
+    import urllib3
+except ImportError:
+    urllib3 = None
+
+HERE = pathlib.Path(__file__).parent
+KEY = "sk-secret-0123456789"
+PATIENCE = 30  # seconds: no wait in here is longer, and none is meant to be
+
+# --------------------------------------------------------------------------------------
+# A server whose script is bytes and pauses
+# --------------------------------------------------------------------------------------
+
+CLOSE, RESET, HOLD, DEAF = "close", "reset", "hold", "deaf"
+
+
+class Server:
+    """Answers request n with script n (the last one again and again).
+
+    A script is a list of steps: bytes are sent; a number is a pause in seconds; CLOSE
+    ends the connection, RESET breaks it, HOLD waits until the client leaves; a callable
+    is called. A script that begins with DEAF runs before the request's body is read.
+    """
+
+    def __init__(self, *scripts, tls=None):
+        self.scripts = scripts or ([reply(sse(C("hi"), DONE))],)
+        self.requests = []
+        self.connections = 0
+        self.left = 0  # connections that the client has ended
+        self.stopping = threading.Event()
+        self.tls = tls
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.origin = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
+        self.url = self.origin + "/v1"
+        self.lock = threading.Lock()
+        self.sockets = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.stopping.set()
+        self.listener.close()
+        for sock in self.sockets:
+            sock.close()
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            with self.lock:
+                self.connections += 1
+                self.sockets.append(sock)
+            threading.Thread(
+                target=self._serve, args=(sock, self.connections), daemon=True
+            ).start()
+
+    def _serve(self, sock, number):
+        try:
+            if self.tls:
+                sock = self.tls.wrap_socket(sock, server_side=True)
+                self.sockets.append(sock)
+            with sock, sock.makefile("rb") as file:
+                while self._answer(sock, file, number):
+                    pass
+        except (OSError, ValueError):
+            pass
+        finally:
+            with self.lock:
+                self.left += 1
+
+    def _answer(self, sock, file, number):
+        line = file.readline()
+        if not line:
+            return False
+        method, target, _ = line.decode().split(" ", 2)
+        headers = []
+        while line := file.readline().strip():
+            name, _, value = line.decode("latin-1").partition(": ")
+            headers.append((name, value))
+        request = Request(method, target, headers, b"", number)
+        with self.lock:
+            script = list(self.scripts[min(len(self.requests), len(self.scripts) - 1)])
+            self.requests.append(request)
+        if script[:1] == [DEAF]:
+            script.pop(0)
+        else:
+            request.body = file.read(int(request.header("Content-Length") or 0))
+        for step in script:
+            if isinstance(step, bytes):
+                sock.sendall(step)
+            elif isinstance(step, (int, float)):
+                if self.stopping.wait(step):
+                    return False
+            elif step == CLOSE:
+                return False
+            elif step == RESET:
+                linger = struct.pack("ii", 1, 0)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                sock.close()
+                return False
+            elif step == HOLD:
+                file.read(1)
+                return False
+            else:
+                step(sock, file)
+        return True
+
+    def wait_for_leaving(self, count=1):
+        deadline = time.monotonic() + PATIENCE
+        while self.left < count:
+            assert time.monotonic() < deadline, "the connection was not closed"
+            self.stopping.wait(0.01)
+
+
+@dataclasses.dataclass
+class Request:
+    method: str
+    target: str
+    headers: list
+    body: bytes
+    connection: int
+
+    def header(self, name):
+        return dict((n.lower(), v) for n, v in self.headers).get(name.lower())
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+
+def C(content=None, finish=None, index=0, delta=None, **top):
+    """A chunk with one choice."""
+    if delta is None:
+        delta = {} if content is None else {"content": content}
+    choice = {"index": index, "delta": delta, "finish_reason": finish}
+    return {"id": "c1", "model": "m1", "choices": [choice], **top}
+
+
+DONE = "[DONE]"
+STOP = C(finish="stop")
+
+
+def sse(*chunks, end="\n\n", start="data: "):
+    texts = (c if isinstance(c, str) else json.dumps(c) for c in chunks)
+    return "".join(f"{start}{text}{end}" for text in texts).encode()
+
+
+def head(status="200 OK", *headers, type="text/event-stream"):
+    lines = [f"HTTP/1.1 {status}", *headers]
+    if type:
+        lines.append(f"Content-Type: {type}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def chunked(*pieces):
+    return b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces)
+
+
+def reply(body=b"", status="200 OK", *headers, type="text/event-stream"):
+    """A whole reply, chunked."""
+    start = head(status, "Transfer-Encoding: chunked", *headers, type=type)
+    return start + (chunked(body) if body else b"") + b"0\r\n\r\n"
+
+
+def error(status, body, *headers, type="application/json"):
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return head(status, f"Content-Length: {len(text)}", *headers, type=type) + text
+
+
+CHUNKED = head("200 OK", "Transfer-Encoding: chunked")
+SPOKEN = TextDelta("hi")
+
+# --------------------------------------------------------------------------------------
+# Fixtures
+# --------------------------------------------------------------------------------------
+
+TRANSPORTS = ["urllib3", "http.client"] if urllib3 else ["http.client"]
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request, monkeypatch):
+    if request.param == "http.client":
+        monkeypatch.setitem(sys.modules, "urllib3", None)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    names = [*os.environ]
+    for name in names:
+        if name.lower().endswith("_proxy") or name.startswith(("OPENAI_", "SSL_CERT")):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("CHATSTREAM_MODEL", raising=False)
+    yield
+    cs._shared_pool.cache_clear()
+
+
+@pytest.fixture
+def sleeps(monkeypatch):
+    """The waits between tries, which take no time here; random is 1."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(random, "uniform", lambda low, high: (low + high) / 2)
+    return waits
+
+
+def ask(server, messages="hello", **options):
+    options.setdefault("idle_timeout", PATIENCE)
+    options.setdefault("max_retries", 0)
+    url = server if isinstance(server, str) else server.url
+    return cs.stream(messages, model="m", **{"base_url": url, **options})
+
+
+def collect(events):
+    """-> the events, and the ChatStreamError that ended them or None."""
+    got = []
+    try:
+        for event in events:
+            got.append(event)
+    except cs.ChatStreamError as failure:
+        return got, failure
+    return got, None
+
+
+def warnings_in(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+# --------------------------------------------------------------------------------------
+# The reference, row by row (codex-rs core/src/chat_completions.rs, 2025-05)
+# --------------------------------------------------------------------------------------
+
+
+def test_ref_instructions_become_a_leading_system_message(transport):
+    with Server() as server:
+        list(ask(server, instructions="be brief"))
+    assert server.requests[0].json["messages"] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+    ]
+
+
+def test_ref_a_message_goes_out_as_one_string(transport):
+    history = [{"role": "user", "content": "a"}, Message(content="b", reasoning="r")]
+    with Server() as server:
+        list(ask(server, history))
+    sent = server.requests[0].json["messages"]
+    assert sent == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+
+
+def test_ref_payload_url_and_headers_are_exactly_these(transport):
+    with Server() as server:
+        list(ask(server, api_key=KEY, base_url=server.url + "//", temperature=0.5))
+    (request,) = server.requests
+    assert (request.method, request.target) == ("POST", "/v1/chat/completions")
+    assert request.json == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "hello"}],
+        "stream": True,
+        "temperature": 0.5,
+    }
+    assert sorted((n.lower(), v) for n, v in request.headers) == [
+        ("accept", "text/event-stream"),
+        ("accept-encoding", "identity"),
+        ("authorization", f"Bearer {KEY}"),
+        ("content-length", str(len(request.body))),
+        ("content-type", "application/json"),
+        ("host", f"127.0.0.1:{server.port}"),
+        ("user-agent", f"chatstream/{cs.__version__}"),
+    ]
+
+
+def test_ref_bearer_key_only_if_there_is_one(transport, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Server() as server:
+        list(ask(server))
+        list(ask(server, provider="openai"))
+    assert server.requests[0].header("Authorization") is None
+    assert server.requests[1].header("Authorization") == f"Bearer {KEY}"
+
+
+def test_ref_missing_key_is_an_error_with_instructions(monkeypatch):
+    monkeypatch.delenv("GROQ_API_KEY", raising=False)
+    with pytest.raises(
+        cs.MissingAPIKeyError, match=r"GROQ_API_KEY.*console\.groq"
+    ) as e:
+        cs.stream("x", model="m", provider="groq")
+    assert e.value.env_key == "GROQ_API_KEY"
+    assert "https://console.groq.com/keys" in e.value.instructions
+
+
+@pytest.mark.parametrize("status", [300, 400, 401, 403, 404, 409, 422])
+def test_ref_other_statuses_are_raised_at_once(transport, status):
+    with Server([error(f"{status} No", {"error": {"message": "bad", "code": 7}})]) as s:
+        got, failure = collect(ask(s, max_retries=3))
+    assert (got, len(s.requests), type(failure)) == ([], 1, cs.StatusError)
+    assert (failure.status, failure.message, failure.code) == (status, "bad", 7)
+    assert json.loads(failure.body) == {"error": {"message": "bad", "code": 7}}
+    assert str(status) in str(failure)
+    assert "bad" in str(failure)
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 529])
+def test_ref_429_and_5xx_are_retried(transport, sleeps, status, caplog):
+    with Server(
+        [error(f"{status} ", {"error": "busy"})], [reply(sse(C("hi"), DONE))]
+    ) as s:
+        assert list(ask(s, max_retries=1))[0] == SPOKEN
+    assert (len(s.requests), sleeps) == (2, [0.2])
+    (line,) = warnings_in(caplog)
+    assert str(status) in line
+    assert "0.20 s" in line
+
+
+def test_ref_backoff_doubles(transport, sleeps):
+    scripts = [error("429 Slow", {})], [error("503 Busy", {})], [reply(sse(STOP, DONE))]
+    with Server(*scripts) as server:
+        list(ask(server, max_retries=4))
+    assert sleeps == [0.2, 0.4]
+
+
+def test_ref_backoff_has_jitter_and_a_ceiling(monkeypatch):
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    delays = cs._backoff()
+    first = [next(delays) for _ in range(12)]
+    assert first[:3] == pytest.approx([0.22, 0.44, 0.88])
+    assert first[-1] == 30.0
+
+
+def test_ref_more_than_max_retries_is_retry_limit(transport, sleeps):
+    with Server([error("500 Oops", {"error": {"message": "the GPU burns"}})]) as server:
+        got, failure = collect(ask(server, max_retries=2))
+    assert (got, len(server.requests)) == ([], 3)
+    assert type(failure) is cs.RetryLimitError
+    assert (failure.status, failure.attempts) == (500, 3)
+    assert failure.message == "the GPU burns"
+
+
+def test_ref_retry_after_in_whole_seconds(transport, sleeps):
+    with Server(
+        [error("429 Slow", {}, "Retry-After: 1")], [reply(sse(STOP))]
+    ) as server:
+        list(ask(server, max_retries=1))
+    assert sleeps == [1.0]
+
+
+@pytest.mark.parametrize("breakage", [[RESET], [CLOSE], [b"HTTP/1.1 2", CLOSE]])
+def test_ref_transport_errors_are_retried(transport, sleeps, breakage):
+    with Server(breakage, breakage, [reply(sse(C("hi"), DONE))]) as server:
+        assert list(ask(server, max_retries=2))[0] == SPOKEN
+    assert (len(server.requests), sleeps) == (3, [0.2, 0.4])
+
+
+def test_ref_the_last_transport_error_is_raised(transport, sleeps):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    got, failure = collect(ask(f"http://127.0.0.1:{port}/v1", max_retries=2))
+    assert (got, type(failure)) == ([], cs.TransportError)
+    assert failure.attempts == 3
+    assert isinstance(failure.__cause__, ConnectionRefusedError)
+    assert "refused" in str(failure)
+    assert f"127.0.0.1:{port}" in str(failure)
+
+
+@pytest.mark.parametrize(
+    "script", [[HOLD], [CHUNKED, HOLD], [CHUNKED + chunked(sse(C("hi"))), HOLD]]
+)
+def test_ref_idle_timeout(transport, script):
+    with Server(script) as server:
+        started = time.monotonic()
+        got, failure = collect(ask(server, idle_timeout=0.3, max_retries=4))
+        assert time.monotonic() - started >= 0.3
+    assert type(failure) is cs.IdleTimeoutError
+    assert isinstance(failure, TimeoutError)
+    assert failure.seconds == 0.3
+    assert "idle timeout waiting for SSE" in str(failure)
+    assert len(server.requests) == 1
+    assert got == ([SPOKEN] if len(script[0]) > len(CHUNKED) else [])
+
+
+def test_ref_done_is_trimmed_and_stops(transport):
+    body = sse(C("hi"), "[DONE]  ", C("never"))
+    with Server([reply(body)]) as server:
+        assert list(ask(server)) == [SPOKEN, Completed("c1", "m1")]
+
+
+def test_ref_clean_end_of_an_empty_body_is_completed_and_flagged(transport, caplog):
+    with Server([reply()]) as server:
+        assert list(ask(server)) == [Completed()]
+    (line,) = warnings_in(caplog)
+    assert "ended without a finish_reason" in line
+
+
+def test_ref_a_chunk_that_is_not_json_is_skipped(transport, caplog):
+    with Server([reply(sse(C("a"), "{oops", C("b"), DONE))]) as server:
+        got = list(ask(server))
+    assert got == [TextDelta("a"), TextDelta("b"), Completed("c1", "m1", skipped=1)]
+    assert len(warnings_in(caplog)) == 1
+
+
+def test_ref_content_is_one_event_each(transport):
+    with Server([reply(sse(C("a"), C("b"), STOP, DONE))]) as server:
+        got = list(ask(server))
+    assert got == [TextDelta("a"), TextDelta("b"), completed()]
+
+
+def test_ref_aggregate_suppresses_deltas(transport):
+    with Server([reply(sse(C("a"), C("b"), STOP, DONE))]) as server:
+        got = list(cs.aggregate(ask(server)))
+    assert got == [Message(content="ab", finish_reason="stop"), completed()]
+
+
+def test_ref_aggregate_with_nothing_to_aggregate(transport):
+    with Server([reply(sse(STOP, DONE))]) as server:
+        assert list(cs.aggregate(ask(server))) == [completed()]
+
+
+def test_ref_aggregate_passes_an_error_on_with_partial(transport):
+    with Server([CHUNKED + chunked(sse(C("so far"))), CLOSE]) as server:
+        got, failure = collect(cs.aggregate(ask(server)))
+    assert (got, type(failure)) == ([], cs.TruncatedStreamError)
+    assert failure.partial == (Message(content="so far"),)
+
+
+def test_ref_a_slow_reader_slows_the_sender(transport):
+    sent = []
+
+    def pour(sock, file):
+        piece = chunked(sse(C("x" * 60_000)))
+        sock.settimeout(0.5)
+        try:
+            for _ in range(1000):
+                sock.sendall(piece)
+                sent.append(len(piece))
+        except socket.timeout:
+            pass
+
+    with Server([CHUNKED, pour, CLOSE]) as server:
+        events = ask(server)
+        next(events)
+        deadline = time.monotonic() + PATIENCE
+        while server.left == 0 and time.monotonic() < deadline:
+            server.stopping.wait(0.05)
+        assert 0 < len(sent) < 1000
+        events.close()
+
+
+def test_ref_debug_logs_url_and_payload_but_no_key(transport, caplog):
+    caplog.set_level(logging.DEBUG, "chatstream")
+    with Server() as server:
+        url = server.url + "?api-version=very-secret-version"
+        list(
+            ask(server, api_key=KEY, base_url=url, headers={"x-api-key": "another-key"})
+        )
+    own = [r.getMessage() for r in caplog.records if r.name == "chatstream"]
+    text = "\n".join(own)
+    assert f"{server.url}/chat/completions" in text
+    assert '"content":"hello"' in text
+    assert KEY not in text
+    assert "secret" not in text
+    assert "another-key" not in text
+    assert server.requests[0].target.endswith("?api-version=very-secret-version")
+
+
+def completed(reason="stop", **fields):
+    reasons = {0: reason} if reason else {}
+    return Completed("c1", "m1", reason, reasons, **fields)
+
+
+# --------------------------------------------------------------------------------------
+# What servers send: tables of (row, body, events)
+# --------------------------------------------------------------------------------------
+
+
+def tool(index=None, id=None, name=None, arguments=None, **extra):
+    """A chunk with one tool-call delta; None leaves a member out."""
+    function = {"name": name, "arguments": arguments}
+    function = {k: v for k, v in function.items() if v is not None}
+    call = {"index": index, "id": id, "function": function, **extra}
+    return C(delta={"tool_calls": [{k: v for k, v in call.items() if v is not None}]})
+
+
+def calls(*triples):
+    """What aggregate() makes of tool-call chunks: (id, name, arguments) each."""
+    return [tuple(t) for t in triples]
+
+
+def R(text, **extra):
+    return ReasoningDelta(text, 0, extra or {"reasoning_content": text})
+
+
+LONG = "x" * 300
+A, B, END = TextDelta("a"), TextDelta("b"), completed()
+PLAIN = sse(C("a"), C("b"), STOP, DONE)
+USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+USED = Usage(1, 2, 3)
+ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+
+def whole(message, finish="stop", **top):
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    return {"id": "c1", "model": "m1", "choices": [choice], **top}
+
+
+#: (row of the wire format, body, events)
+ROWS = [
+    ("A1 LF", PLAIN, [A, B, END]),
+    ("A1 CRLF", PLAIN.replace(b"\n", b"\r\n"), [A, B, END]),
+    ("A1 CR", PLAIN.replace(b"\n", b"\r"), [A, B, END]),
+    ("A1 mixed", sse(C("a")) + sse(C("b"), end="\r\n\n") + sse(STOP, end="\r\r"), [A, B, END]),
+    (
+        "A1 other separators are text",
+        'data: {"choices":[{"delta":{"content":"\u2028\u2029\u0085"}}]}\n\n'.encode(),
+        [TextDelta("\u2028\u2029\u0085"), Completed()],
+    ),
+    ("A2 UTF-8 over reads", sse('{"choices":[{"delta":{"content":"é😀漢"}}]}', DONE),
+     [TextDelta("é😀漢"), Completed()]),
+    (
+        "A2 not UTF-8",
+        b'data: {"choices":[{"delta":{"content":"a\xff\xc3"}}]}\n\ndata: [DONE]\n\n',
+        [TextDelta("a\ufffd\ufffd"), Completed()],
+    ),
+    ("A3 BOM", b"\xef\xbb\xbf" + PLAIN, [A, B, END]),
+    ("A3 blank lines first", b"\n\r\n\n" + PLAIN, [A, B, END]),
+    ("A4 no space", sse(C("a"), C("b"), STOP, DONE, start="data:"), [A, B, END]),
+    ("A4 blanks around DONE", sse(C("a"), C("b"), STOP, "  [DONE] \t"), [A, B, END]),
+    ("A4 more blanks before JSON", sse(C("a"), C("b"), STOP, start="data:   "), [A, B, END]),
+    (
+        "A5 comments and other fields",
+        b": hi\n\n:\n\nid: 1\n: x\n\ndata:\n\ndata\n\nevent: ping\n\nretry: 3\n\nodd: 1\n\n"
+        + PLAIN,
+        [A, B, END],
+    ),
+    ("A5 event: ping with JSON", b'event: ping\ndata: {"type":"ping"}\n\n' + PLAIN, [A, B, END]),
+    (
+        "A6 one object on several data lines",
+        b'data: {"choices":\ndata: [{"delta":\ndata: {"content":"a"}}]}\n\ndata: [DONE]\n\n',
+        [A, Completed()],
+    ),
+    (
+        "A6 each line alone",
+        sse(C("a"), end="\n") + b"data: junk\n" + sse(C("b"), STOP, end="\n") + b"\n",
+        [A, B, completed(skipped=1)],
+    ),
+    ("A6 no blank lines at all", sse(C("a"), C("b"), STOP, DONE, end="\n"), [A, B, END]),
+    ("A7 no blank line at the end", PLAIN[: -len("\n\ndata: [DONE]\n\n") + 1], [A, B, END]),
+    ("A7 no newline at the end", sse(C("a"), C("b"), STOP)[:-2], [A, B, END]),
+    ("A8 no DONE", sse(C("a"), C("b"), STOP), [A, B, END]),
+    ("A9 text after DONE", PLAIN + b"garbage\ndata: {]\n\n" + sse(C("z")), [A, B, END]),
+    ("B1 choices empty", sse({"choices": [], "id": "", "model": ""}, C("a"), DONE),
+     [A, Completed("c1", "m1")]),
+    ("B1 choices null or missing", sse({"choices": None}, {"id": "i"}, {"model": "o"}, C("a"), DONE),
+     [A, Completed("i", "o")]),
+    ("B1 usage on its own", sse(C("a"), STOP, {"choices": [], "usage": USAGE}, DONE),
+     [A, completed(usage=USED)]),
+    ("B2 no delta", sse({"choices": [{"index": 0}]}, {"choices": [{"delta": None}]}, C("a"), DONE),
+     [A, Completed("c1", "m1")]),
+    ("B3 no index", sse({"choices": [{"delta": {"content": "a"}}, {"delta": {"content": "b"}}]}, DONE),
+     [A, TextDelta("b", 1), Completed()]),
+    ("B4 empty content", sse(C(""), C(delta={"content": None}), C(delta={}), C(" "), DONE),
+     [TextDelta(" "), Completed("c1", "m1")]),
+    (
+        "B5 content parts",
+        sse(
+            C([{"type": "thinking", "thinking": [{"type": "text", "text": "t"}]}]),
+            C([{"type": "thinking", "thinking": "u"}, {"type": "text", "text": "a"}]),
+            C([{"type": "reference", "reference_ids": [1]}, "b"]),
+            C("c"),
+            DONE,
+        ),
+        [ReasoningDelta("t"), ReasoningDelta("u"), A, B, TextDelta("c"), Completed("c1", "m1")],
+    ),
+    ("B6 reasoning_content", sse(C(delta={"reasoning_content": "r"}), DONE),
+     [R("r"), Completed("c1", "m1")]),
+    ("B6 reasoning", sse(C(delta={"reasoning": "r"}), C(delta={"reasoning": {"text": "s"}}),
+                         C(delta={"reasoning": {"content": "t"}}), DONE),
+     [R("r", reasoning="r"), R("s", reasoning={"text": "s"}), R("t", reasoning={"content": "t"}),
+      Completed("c1", "m1")]),
+    ("B6 reasoning_details alone", sse(C(delta={"reasoning_details": [{"text": "r"}, {"text": "s"}]}), DONE),
+     [R("rs", reasoning_details=[{"text": "r"}, {"text": "s"}]), Completed("c1", "m1")]),
+    ("B6 never added up",
+     sse(C(delta={"reasoning": "r", "reasoning_content": "r", "reasoning_details": [{"text": "r"}]}), DONE),
+     [R("r", reasoning="r", reasoning_content="r", reasoning_details=[{"text": "r"}]),
+      Completed("c1", "m1")]),
+    ("B7 reasoning first, and again later",
+     sse(C(delta={"content": "a", "reasoning_content": "r"}), C(delta={"reasoning_content": "s"}), DONE),
+     [R("r"), A, R("s"), Completed("c1", "m1")]),
+    ("B8 refusal", sse(C(delta={"refusal": "no"}), STOP, DONE), [RefusalDelta("no"), END]),
+    ("B9 empty finish_reason", sse(C("a", finish=""), C("b"), STOP, DONE), [A, B, END]),
+    ("B10 finish twice, content after it", sse(C("a"), STOP, C("b", finish="length"), DONE), [A, B, END]),
+    ("B11 other reasons", sse(C("a", finish="eos"), DONE), [A, completed("eos")]),
+    ("B11 error alone is no ServerError", sse(C("a", finish="error"), DONE), [A, completed("error")]),
+    ("B12 choices interleaved",
+     sse(C("a"), C("b", index=1), C("c"), C(finish="length", index=1), STOP, DONE),
+     [A, TextDelta("b", 1), TextDelta("c"), Completed("c1", "m1", "stop", {0: "stop", 1: "length"})]),
+    ("B13 usage in every chunk", sse(C("a", usage={"prompt_tokens": 9}), C("b", finish="stop", usage=USAGE), DONE),
+     [A, B, completed(usage=USED)]),
+    ("B13 zeros and null do not replace",
+     sse(C("a", usage=USAGE), C("b", usage=ZEROS), C(finish="stop", usage=None), DONE),
+     [A, B, completed(usage=USED)]),
+    ("B13 only zeros", sse(C("a", usage=ZEROS), STOP, DONE), [A, completed(usage=Usage())]),
+    ("B13 members null", sse(C("a", finish="stop", usage={**USAGE, "total_tokens": None}), DONE),
+     [A, completed(usage=Usage(1, 2, 0))]),
+    ("B13 choices[0].usage", sse({"choices": [{"delta": {"content": "a"}, "usage": USAGE}]}, DONE),
+     [A, Completed(usage=USED)]),
+    ("B13 x_groq.usage", sse(C("a", finish="stop", x_groq={"usage": USAGE}), DONE),
+     [A, completed(usage=USED)]),
+    ("B14 details",
+     sse(C("a", finish="stop", usage={**USAGE, "completion_tokens_details": {"reasoning_tokens": 4},
+                                      "prompt_tokens_details": {"cached_tokens": 5}}), DONE),
+     [A, completed(usage=Usage(1, 2, 3, 5, 4))]),
+    ("B14 DeepSeek", sse(C("a", finish="stop", usage={**USAGE, "prompt_cache_hit_tokens": 6}), DONE),
+     [A, completed(usage=Usage(1, 2, 3, 6))]),
+    ("B15 id and model change", sse(C("a", id="", model=""), C("b"), C(id="c2", model="m2", finish="stop"), DONE),
+     [A, B, END]),
+    ("B16 message beside delta",
+     sse({"choices": [{"delta": {"content": "a"}, "message": {"content": "za"}}]}, DONE), [A, Completed()]),
+    ("B17 message without delta", sse(whole({"content": "a"}), DONE), [A, END]),
+    ("B17 last summary", sse(C("a"), C("b"), whole({"content": "ab"}), DONE), [A, B, END]),
+    ("B18 roles", sse(C(delta={"role": "assistant", "content": "a"}), C(delta={"role": None, "content": "b"}),
+                      C(delta={"role": ""}, finish="stop"), DONE), [A, B, END]),
+    ("B19 glued", sse(C("a"), json.dumps(C("x")) + "data: " + json.dumps(C("y")), C("b"), STOP, DONE),
+     [A, B, completed(skipped=1)]),
+    ("B19 pretty-printed", b'data: {\n  "choices": []\n}\n\n' + PLAIN, [A, B, completed(skipped=1)]),
+    ("B19 truncated at the end", sse(C("a"), C("b"), STOP) + b'data: {"choices":[{"del',
+     [A, B, completed(skipped=1)]),
+    ("B20 unknown members", sse(C("a", obfuscation="q7", service_tier="x", citations=[1], logprobs=1.5),
+                                C("b", obfuscation="w"), STOP, DONE), [A, B, END]),
+    ("B21 surrogates", sse(C("x\ud83d"), C("\udc69y"), STOP, DONE), [TextDelta("x"), TextDelta("👩y"), END]),
+    ("B21 lone surrogates", sse(C("\ud83d"), C("z"), C("\udc69"), C("q\ud83d"), STOP, DONE),
+     [TextDelta("\ufffdz"), TextDelta("\ufffd"), TextDelta("q"), TextDelta("\ufffd"), END]),
+    ("B21 by kind and choice",
+     sse(C("\ud83d"), C(delta={"reasoning_content": "\ud83d"}), C("\udc69"), C("b", index=1),
+         C(delta={"reasoning_content": "\udc69"}), DONE),
+     [R("", reasoning_content="\ud83d"), TextDelta("👩"), TextDelta("b", 1),
+      R("👩", reasoning_content="\udc69"), Completed("c1", "m1")]),
+    ("B22 opaque members", sse(C(delta={"reasoning_details": [{"signature": "s"}], "reasoning_opaque": "o"}), DONE),
+     [R("", reasoning_details=[{"signature": "s"}], reasoning_opaque="o"), Completed("c1", "m1")]),
+    ("C1", sse(tool(0, "i", "f", ""), tool(0, None, None, "{"), tool(0, None, None, "}"), DONE),
+     [ToolCallDelta(0, "i", "f"), ToolCallDelta(0, "i", "f", "{"), ToolCallDelta(0, "i", "f", "}"),
+      Completed("c1", "m1")]),
+    ("C10 arguments an object", sse(tool(0, "i", "f", {"a": [1]}), tool(0, None, None, {"b": 2}), DONE),
+     [ToolCallDelta(0, "i", "f", '{"a": [1]}'), Completed("c1", "m1")]),
+    ("C14 function_call", sse(C(delta={"function_call": {"name": "f", "arguments": "{"}}),
+                              C(delta={"function_call": {"arguments": "}"}}), DONE),
+     [ToolCallDelta(0, "", "f", "{"), ToolCallDelta(0, "", "f", "}"), Completed("c1", "m1")]),
+    ("C14 beside tool_calls",
+     sse(C(delta={"function_call": {"name": "f", "arguments": "{}"},
+                  "tool_calls": [{"index": 0, "id": "i", "function": {"name": "f", "arguments": "{}"}}]}), DONE),
+     [ToolCallDelta(0, "i", "f", "{}"), Completed("c1", "m1")]),
+    ("C surrogates in arguments", sse(tool(0, "i", "f", '"\ud83d'), tool(0, None, None, '\udc69"'), DONE),
+     [ToolCallDelta(0, "i", "f", '"'), ToolCallDelta(0, "i", "f", '👩"'), Completed("c1", "m1")]),
+    ("D9 no error", sse(C("a", error=None), C("b", error={}), C(error="", finish="stop"), {"error": []}, DONE),
+     [A, B, END]),
+    ("E1 completion", json.dumps(whole({"role": "assistant", "content": "a", "reasoning_content": "r", "tool_calls": [
+        {"id": "i", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}, usage=USAGE)).encode(),
+     [R("r"), A, ToolCallDelta(0, "i", "f", "{}"), completed(usage=USED)]),
+    ("E1 pretty-printed", json.dumps(whole({"content": "a"}), indent=2).encode() + b"\n", [A, END]),
+    ("E1 after comments", b": wait\n\n" + json.dumps(whole({"content": "a"})).encode(), [A, END]),
+    ("E4 empty", b"", [Completed()]),
+    ("E4 comments only", b": a\n\n: b\n\n", [Completed()]),
+    ("wrong types", sse(
+        {"choices": "x"}, {"choices": [None, 1, "x", []]}, {"choices": [{"index": "x", "delta": 5}]},
+        C(5), C({"a": 1}), C([None, 5, {"type": 5}, {"text": 5}]), C(delta={"tool_calls": "x"}),
+        C(delta={"tool_calls": [None, 5, {"function": 5}, {"index": "x", "id": 5, "function": {"name": 5}}]}),
+        C(delta={"refusal": 5, "reasoning": 5, "reasoning_details": "", "function_call": "x"}),
+        {"id": 5, "model": {}, "usage": "x"}, C(usage=[1], finish=5), {"usage": {"prompt_tokens": "x"}},
+        C(x_groq=5), {"choices": [{"index": True, "delta": {"content": "a"}}]}, DONE),
+     [A, Completed("c1", "m1", usage=Usage())]),
+]  # fmt: skip
+
+#: (row, body, events before the error, code, type, message, raw)
+ERROR = {"message": "boom", "type": "t", "code": 500}
+ERROR_ROWS = [
+    ("D1", sse(C("a"), {"error": ERROR}), [A], 500, "t", "boom"),
+    ("D2", sse(C("a"), {"error": "boom"}), [A], None, None, "boom"),
+    ("D3 object", sse({"object": "error", "message": "boom", "code": 400}), [], 400, None, "boom"),
+    ("D3 type", sse({"type": "error", "error": {"message": "boom"}}), [], None, "error", "boom"),
+    ("D4", sse(C("a", finish="error", usage=USAGE, error=ERROR), DONE), [A], 500, "t", "boom"),
+    ("D5", sse(C("a")) + b'error: {"code":500,"message":"boom"}\n\n', [A], 500, None, "boom"),
+    ("D5 text", b"error: boom\n\n", [], None, None, "boom"),
+    ("D5 without blank line before", sse(C("a"), end="\n") + b"error: boom\n", [A], None, None, "boom"),
+    ("D6", sse(C("a")) + b'event: error\ndata: {"error":{"message":"boom"}}\n\n', [A], None, None, "boom"),
+    ("D6 text", b"event: error\ndata: boom\n\n", [], None, None, "boom"),
+    ("D6 data first", b"data: boom\nevent: error\n\n", [], None, None, "boom"),
+    ("D7 detail", sse({"detail": [{"loc": ["x"], "msg": "boom"}]}), [], None, None, "boom"),
+    ("D7 base_resp", sse({"base_resp": {"status_code": 1004, "status_msg": "boom"}}), [], 1004, None, "boom"),
+    ("D8 code null", sse({"error": {"message": ["boom"], "code": None}}), [], None, None, "boom"),
+    ("D8 code str", sse({"error": {"message": {"detail": "boom"}, "code": "x9"}}), [], "x9", None, "boom"),
+    ("D9 a list that is one", sse({"error": [{"message": "boom"}]}), [], None, None, "boom"),
+    ("E2", json.dumps({"error": ERROR}).encode(), [], 500, "t", "boom"),
+    ("E2 list", json.dumps([{"error": ERROR}]).encode(), [], 500, "t", "boom"),
+    ("B21 a half before an error", sse(C("\ud83d"), {"error": "boom"}), [TextDelta("\ufffd")], None, None, "boom"),
+]  # fmt: skip
+
+#: (row, chunks, [(id, name, arguments)] of the one message; id None: any unique one)
+CALL_ROWS = [
+    ("C1", [tool(0, "i", "f", ""), tool(0, None, None, "{"), tool(0, None, None, "}"),
+            tool(1, "j", "g", "[]")], [("i", "f", "{}"), ("j", "g", "[]")]),
+    ("C2 no index", [tool(None, "i", "f", "{}"), tool(None, "j", "g", "[]")],
+     [("i", "f", "{}"), ("j", "g", "[]")]),
+    ("C2 no index, fragments", [tool(None, "i", "f", "{"), tool(None, None, None, "}"),
+                                tool(None, None, "g", "["), tool(None, "", "", "]")],
+     [("i", "f", "{}"), (None, "g", "[]")]),
+    ("C2 no index, by id", [tool(None, "i", "f", "{"), tool(None, "j", "g", "["),
+                            tool(None, "i", None, "}"), tool(None, "j", "g", "]")],
+     [("i", "f", "{}"), ("j", "g", "[]")]),
+    ("C3 all index 0", [tool(0, "i", "f", "{}"), tool(0, "j", "g", "[]"), tool(0, "k", "f", "{}")],
+     [("i", "f", "{}"), ("j", "g", "[]"), ("k", "f", "{}")]),
+    ("C4 first index 1 or -1", [tool(1, "i", "f", "{"), tool(1, None, None, "}"), tool(-1, "j", "g", "[]")],
+     [("i", "f", "{}"), ("j", "g", "[]")]),
+    ("C5 empty id and name later", [tool(0, "i", "f", "{", type="function"), tool(0, "", "", "}", type="")],
+     [("i", "f", "{}")]),
+    ("C6 id and name repeated", [tool(0, "i", "f", "{"), tool(0, "i", "f", "}")], [("i", "f", "{}")]),
+    ("C7 a new id on every fragment", [tool(0, "i", "f", "{"), tool(0, "j", "", "}")], [("i", "f", "{}")]),
+    ("C8 name later", [tool(0, "i", "", ""), tool(0, "i2", "f", "{}")], [("i", "f", "{}")]),
+    ("C9 several in one delta", [C(delta={"tool_calls": [
+        {"id": "i", "function": {"name": "f", "arguments": "{}"}},
+        {"id": "j", "function": {"name": "g", "arguments": "[]"}}]})],
+     [("i", "f", "{}"), ("j", "g", "[]")]),
+    ("C10 arguments null, absent, object", [tool(0, "i", "f"), C(delta={"tool_calls": [
+        {"index": 0, "function": {"arguments": None}}]}), tool(1, "j", "g", {"a": 1})],
+     [("i", "f", ""), ("j", "g", '{"a": 1}')]),
+    ("C11 no id", [tool(0, None, "f", "{}"), tool(1, None, "g", "[]")], [(None, "f", "{}"), (None, "g", "[]")]),
+    ("C11 one id for two", [tool(0, "i", "f", "{}"), tool(1, "i", "g", "[]")], [("i", "f", "{}"), (None, "g", "[]")]),
+    ("C12 interleaved", [tool(0, "i", "f", "{"), tool(1, "j", "g", "["), tool(0, None, None, "}"),
+                         tool(1, None, None, "]")], [("i", "f", "{}"), ("j", "g", "[]")]),
+    ("C13 whatever the reason", [tool(0, "i", "f", "{}"), STOP], [("i", "f", "{}")]),
+    ("rule 4: neither name nor arguments", [tool(0, "i"), tool(1, "j", "g", "[]")], [("j", "g", "[]")]),
+]  # fmt: skip
+
+
+def decode(blocks, strict=False, raw=False):
+    """The layers without a connection: blocks -> (events, error)."""
+    state = cs._State(strict, raw, "text/event-stream")
+    lines = cs._split_lines(iter(blocks))
+    return collect(cs._read_events(cs._split_events(lines), state))
+
+
+def cuts(body):
+    """The body in other pieces: whole, byte by byte, and at every cut (or many)."""
+    yield [body]
+    yield [body[i : i + 1] for i in range(len(body))]
+    places = range(1, len(body))
+    if len(body) > 1500:
+        places = random.Random(7).sample(places, 300)
+    for place in places:
+        yield [body[:place], body[place:]]
+
+
+def ids(rows):
+    return [row[0] for row in rows]
+
+
+@pytest.mark.parametrize("row, body, events", ROWS, ids=ids(ROWS))
+def test_row_cut_anywhere(row, body, events):
+    for blocks in cuts(body):
+        assert decode(blocks) == (events[:-1], None), blocks
+
+
+@pytest.mark.parametrize("row, body, events", ROWS, ids=ids(ROWS))
+def test_row_over_a_socket(transport, row, body, events):
+    with Server([reply(body)]) as server:
+        assert list(ask(server)) == events
+
+
+@pytest.mark.parametrize("row", ERROR_ROWS, ids=ids(ERROR_ROWS))
+def test_error_row_cut_anywhere(row):
+    _, body, events, code, kind, message = row
+    for blocks in cuts(body):
+        got, failure = decode(blocks)
+        assert got == events, blocks
+        assert type(failure) is cs.ServerError
+        assert (failure.code, failure.type, failure.message) == (code, kind, message)
+
+
+@pytest.mark.parametrize("row", ERROR_ROWS, ids=ids(ERROR_ROWS))
+def test_error_row_over_a_socket(transport, row):
+    _, body, events, code, kind, message = row
+    with Server([reply(body, "200 OK", "X-Request-Id: r1")]) as server:
+        got, failure = collect(cs.aggregate(ask(server, max_retries=2)))
+    assert len(server.requests) == 1
+    assert got == []
+    assert "".join(m.content for m in failure.partial) == "".join(
+        e.text for e in events
+    )
+    assert (failure.code, failure.type, failure.message) == (code, kind, message)
+    assert failure.request_id == "r1"
+    assert message in str(failure)
+    assert failure.raw
+    assert isinstance(failure.raw, (dict, list)) or failure.raw == "boom"
+
+
+@pytest.mark.parametrize("row, chunks, expected", CALL_ROWS, ids=ids(CALL_ROWS))
+def test_call_row(transport, row, chunks, expected):
+    with Server([reply(sse(*chunks, DONE))]) as server:
+        message, _ = cs.aggregate(ask(server))
+    got = [(c.id, c.name, c.arguments) for c in message.tool_calls]
+    assert [g[1:] for g in got] == [e[1:] for e in expected]
+    assert all(e[0] in (None, g[0]) for g, e in zip(got, expected))
+    assert len({g[0] for g in got} - {""}) == len(got)
+
+
+def test_a10_socket_left_open_after_done(transport):
+    with Server([CHUNKED + chunked(PLAIN), HOLD]) as server:
+        assert list(ask(server)) == [A, B, END]
+        server.wait_for_leaving()
+
+
+@pytest.mark.parametrize("type", [None, "text/plain", "application/json", "text/html"])
+def test_a11_judged_by_the_body(transport, type):
+    with Server([reply(PLAIN, type=type)]) as server:
+        assert list(ask(server)) == [A, B, END]
+
+
+def packed(encoding, data):
+    if encoding == "deflate, bare":
+        packer = zlib.compressobj(wbits=-15)
+    else:
+        packer = zlib.compressobj(wbits=31 if encoding.endswith("gzip") else 15)
+    return packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH), packer.flush()
+
+
+@pytest.mark.parametrize(
+    "encoding", ["gzip", "x-gzip", "GZIP", "deflate", "deflate, bare"]
+)
+def test_a12_compressed_each_event_when_it_arrives(transport, encoding):
+    event, rest = packed(encoding.lower(), PLAIN)
+    header = "Content-Encoding: " + encoding.partition(",")[0]
+    go_on = threading.Event()
+    start = head("200 OK", "Transfer-Encoding: chunked", header)
+    pieces = chunked(event[:1], event[1:2], event[2:])
+    script = [
+        start + pieces,
+        lambda *_: go_on.wait(PATIENCE),
+        chunked(rest) + b"0\r\n\r\n",
+    ]
+    with Server(script) as server:
+        events = ask(server)
+        assert [next(events), next(events)] == [A, B]
+        go_on.set()
+        assert list(events) == [END]
+
+
+def test_a12_gzip_members_and_large_text(transport):
+    big = C("x" * 300_000)
+    body = gzip.compress(sse(big)) + gzip.compress(sse(C("b"), STOP))
+    with Server([reply(body, "200 OK", "Content-Encoding: gzip")]) as server:
+        assert list(ask(server)) == [TextDelta("x" * 300_000), B, END]
+
+
+@pytest.mark.parametrize(
+    "header, body, text",
+    [
+        ("br", b"x", "'br'"),
+        ("gzip", b"\x1f\x8bxxxxxxxx", "compression"),
+    ],
+)
+def test_a12_other_encodings(transport, header, body, text):
+    with Server([reply(body, "200 OK", "Content-Encoding: " + header)]) as server:
+        got, failure = collect(ask(server))
+    assert (got, type(failure)) == ([], cs.StreamError)
+    assert text in str(failure)
+
+
+def test_a12_truncated_gzip_is_a_cut(transport):
+    body = gzip.compress(sse(C("a"), *[C(str(i)) for i in range(500)]))[:-20]
+    with Server([reply(body, "200 OK", "Content-Encoding: gzip")]) as server:
+        got, failure = collect(ask(server))
+    assert got[0] == A
+    assert type(failure) is cs.TruncatedStreamError
+
+
+def test_b20_raw_loses_nothing(transport):
+    chunks = [C("a", odd=[1]), {"type": "ping"}, STOP, {"error": "boom"}]
+    with Server([reply(b": x\n\n" + sse(*chunks))]) as server:
+        got, failure = collect(ask(server, raw=True))
+    assert [e.data for e in got if isinstance(e, Chunk)] == chunks
+    assert got[:2] == [Chunk(chunks[0]), A]
+    assert failure.message == "boom"
+
+
+def test_c15_unknown_members_come_back(transport):
+    extra = {"extra_content": {"google": {"thought_signature": "s1"}}}
+    first = tool(
+        0, "i", "f", "{}", extra_content={"google": {"thought_signature": "s0"}}
+    )
+    chunks = [first, tool(0, None, None, "", **extra), STOP]
+    with Server([reply(sse(*chunks))]) as server:
+        first, second, message, _ = cs.aggregate(ask(server), deltas=True)
+    assert first.extra == {"extra_content": {"google": {"thought_signature": "s0"}}}
+    assert second.extra == extra
+    assert message.tool_calls == (ToolCall("i", "f", "{}", extra),)
+    assert message.to_dict()["tool_calls"] == [
+        {
+            "id": "i",
+            "type": "function",
+            "function": {"name": "f", "arguments": "{}"},
+            **extra,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>busy</html>", b"upstream said no", b'"text"', b"[1]"]
+)
+def test_e3_not_an_event_stream(transport, body):
+    long = body + b" " + b"x" * 1000
+    with Server([reply(long, type="text/html")]) as server:
+        got, failure = collect(ask(server))
+    assert (got, type(failure)) == ([], cs.StreamError)
+    assert "text/html" in str(failure)
+    assert body.decode() in str(failure)
+    assert len(str(failure)) < 400
+
+
+@pytest.mark.parametrize(
+    "body, type, message",
+    [
+        ({"error": {"message": "no such model"}}, "application/json", "no such model"),
+        ([{"error": {"message": "no such model"}}], "application/json", "no such model"),
+        ({"message": {"detail": [{"msg": "no such model"}]}}, "x/y", "no such model"),
+        ({"detail": "no such model"}, "application/json", "no such model"),
+        ({"error": {"message": '{"error":{"message":"no such model"}}'}}, "x/y", "no such model"),
+        (b"no such\n model", "text/plain", "no such model"),
+        (b"<html><title>502 &amp; out</title>1.2.3.4</html>", "text/html", "502 & out"),
+        (b"<html>1.2.3.4</html>", "text/html", ""),
+        (b"", None, ""),
+        ([], "application/json", ""),
+    ],
+)  # fmt: skip
+def test_f_error_replies_have_one_readable_sentence(transport, body, type, message):
+    with Server([error("404 Not Found", body, type=type)]) as server:
+        _, failure = collect(ask(server))
+    assert failure.message == message
+    assert "1.2.3.4" not in str(failure)
+    assert (message or "Not Found") in str(failure)
+
+
+@pytest.mark.parametrize("position", range(len(cs._REQUEST_ID_HEADERS)))
+def test_f_request_ids_in_order(transport, position):
+    headers = [f"{n}: id-{n}" for n in cs._REQUEST_ID_HEADERS[position:]]
+    want = "id-" + cs._REQUEST_ID_HEADERS[position]
+    with Server(
+        [error("400 Bad", {}, *headers)], [reply(PLAIN, "200 OK", *headers)]
+    ) as server:
+        assert collect(ask(server))[1].request_id == want
+        assert list(ask(server))[-1].request_id == want
+
+
+# --------------------------------------------------------------------------------------
+# Strict, the end of an answer, cuts
+# --------------------------------------------------------------------------------------
+
+
+def test_strict_malformed_chunk(transport):
+    with Server([reply(sse(C("a"), "{oops", C("b"), DONE))]) as server:
+        got, failure = collect(ask(server, strict=True))
+    assert (got, type(failure), failure.data) == ([A], cs.MalformedChunkError, "{oops")
+
+
+@pytest.mark.parametrize("body", [b"", sse(C("a")), b": comment\n\n"])
+def test_strict_end_without_an_end(transport, body, caplog):
+    with Server([reply(body)]) as server:
+        got, failure = collect(ask(server, strict=True, max_retries=3))
+        assert type(failure) is cs.TruncatedStreamError
+        assert collect(ask(server)) == (
+            got + [Completed(*["c1", "m1"] * bool(got))],
+            None,
+        )
+    assert len(server.requests) == 2
+    assert len(warnings_in(caplog)) == 1
+
+
+@pytest.mark.parametrize("body", [sse(C("a"), DONE), sse(C("a"), STOP), PLAIN])
+def test_strict_accepts_a_proper_end(transport, body, caplog):
+    with Server([reply(body)]) as server:
+        assert collect(ask(server, strict=True))[1] is None
+    assert warnings_in(caplog) == []
+
+
+FINISHED = CHUNKED + chunked(sse(C("a"), STOP))
+UNFINISHED = CHUNKED + chunked(sse(C("a")))
+
+
+@pytest.mark.parametrize("end", [CLOSE, RESET, HOLD])
+def test_a_finished_answer_survives_what_comes_then(transport, end, caplog):
+    with Server([FINISHED, 0.2, end]) as server:
+        assert list(ask(server, idle_timeout=1.0)) == [A, END]
+        assert len(warnings_in(caplog)) == 1
+        got, failure = collect(ask(server, idle_timeout=1.0, strict=True))
+    assert got == [A]
+    wanted = cs.IdleTimeoutError if end == HOLD else cs.TruncatedStreamError
+    assert type(failure) is wanted
+
+
+def test_silence_while_one_choice_is_unfinished(transport):
+    body = sse(C("a"), C("b", index=1), STOP)
+    with Server([CHUNKED + chunked(body), HOLD]) as server:
+        got, failure = collect(ask(server, idle_timeout=0.3))
+    assert (got, type(failure)) == ([A, TextDelta("b", 1)], cs.IdleTimeoutError)
+
+
+EVENT = sse(C("a"))
+CUTS = {
+    "no terminator": CHUNKED + chunked(EVENT),
+    "inside a chunk": CHUNKED + b"fff\r\n" + EVENT + b"data: {",
+    "after a chunk": CHUNKED + chunked(EVENT)[:-2],
+    "garbage size": CHUNKED + chunked(EVENT) + b"zz\r\nxx\r\n",
+    "negative size": CHUNKED
+    + chunked(EVENT)
+    + b"-5\r\n"
+    + sse(C("forged"))
+    + b"\r\n0\r\n\r\n",
+    "huge size": CHUNKED + chunked(EVENT) + b"f" * 30 + b"\r\nxx",
+    "endless size": CHUNKED + chunked(EVENT) + b"1" * 70_000,
+    "short length": head("200 OK", "Content-Length: 999") + EVENT,
+    "gzip": head("200 OK", "Content-Encoding: gzip", "Content-Length: 999")
+    + packed("gzip", EVENT)[0],
+}
+
+
+@pytest.mark.parametrize("how", CUTS)
+def test_a_cut_is_never_a_success(transport, how, sleeps):
+    with Server([CUTS[how], CLOSE]) as server:
+        got, failure = collect(ask(server, max_retries=3))
+    assert (got, type(failure)) == ([A], cs.TruncatedStreamError)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("how", CUTS)
+def test_a_cut_before_the_first_event_is_retried(transport, how, sleeps):
+    script = [CUTS[how].replace(b'"content"', b'"kontent"'), CLOSE]
+    if how == "gzip":
+        script[0] = head("200 OK", "Content-Length: 9")
+    with Server(script, script, [reply(PLAIN)]) as server:
+        assert list(ask(server, max_retries=2)) == [A, B, END]
+        assert len(server.requests) == 3
+    with Server(script) as server:
+        got, failure = collect(ask(server, max_retries=1))
+    assert (got, type(failure), failure.attempts) == ([], cs.TransportError, 2)
+
+
+@pytest.mark.parametrize("body", [sse(C("a"))[:-1], sse(C("a"))[:-2]])
+def test_what_arrived_whole_before_a_cut_is_yielded(transport, body):
+    with Server([CHUNKED + chunked(body), RESET]) as server:
+        got, failure = collect(ask(server))
+    assert (got, type(failure)) == ([A], cs.TruncatedStreamError)
+
+
+@pytest.mark.parametrize(
+    "start, piece",
+    [
+        (CHUNKED, lambda e: chunked(e)),
+        (CHUNKED + b"ffff\r\n", lambda e: e),  # inside a chunk that stays incomplete
+        (head("200 OK", "Content-Length: 99999"), lambda e: e),
+        (head("200 OK", "Connection: close"), lambda e: e),
+    ],
+)
+def test_each_event_is_handed_over_when_it_arrives(transport, start, piece):
+    gate = threading.Semaphore(0)
+
+    def wait(*_):
+        assert gate.acquire(timeout=PATIENCE)
+
+    words = [str(i) for i in range(5)]
+    script = [start]
+    for word in words:
+        script += [piece(sse(C(word))), wait]
+    with Server([*script, CLOSE]) as server:
+        events = ask(server)
+        for word in words:
+            assert next(events) == TextDelta(word)
+            gate.release()
+        events.close()
+
+
+# --------------------------------------------------------------------------------------
+# Time
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drip", [b": wait\n\n", b":", b'data: {"x'])
+def test_event_timeout_ends_a_drip(transport, drip):
+    def pour(sock, file):
+        while True:
+            sock.sendall(chunked(drip))
+            if server.stopping.wait(0.05):
+                return
+
+    with Server([CHUNKED + chunked(sse(C("a"))), pour]) as server:
+        got, failure = collect(ask(server, event_timeout=0.5, idle_timeout=20))
+    assert (got, type(failure)) == ([A], cs.IdleTimeoutError)
+    assert failure.seconds == 0.5
+    assert "event_timeout" in str(failure)
+
+
+def test_comments_keep_a_slow_answer_alive(transport):
+    comments = [chunked(b": wait\n\n"), 0.15] * 4
+    with Server([CHUNKED, *comments, chunked(PLAIN) + b"0\r\n\r\n"]) as server:
+        assert list(ask(server, idle_timeout=0.5, event_timeout=None)) == [A, B, END]
+
+
+def test_chunks_restart_the_event_clock(transport):
+    script = [CHUNKED]
+    for _ in range(4):
+        script += [chunked(b": wait\n\n"), 0.2, chunked(sse({"type": "ping"})), 0.2]
+    with Server([*script, chunked(PLAIN) + b"0\r\n\r\n"]) as server:
+        assert list(ask(server, event_timeout=0.8)) == [A, B, END]
+
+
+def test_the_callers_own_time_does_not_count(transport):
+    script = [CHUNKED + chunked(sse(C("a"))), 0.1, chunked(b": x\n\n"), 0.1]
+    with Server([*script, chunked(sse(C("b"), STOP, DONE)) + b"0\r\n\r\n"]) as server:
+        events = ask(server, event_timeout=0.5, idle_timeout=0.6)
+        assert next(events) == A
+        threading.Event().wait(1.0)
+        assert list(events) == [B, END]
+
+
+def test_no_timeouts_at_all(transport):
+    options = dict.fromkeys(("connect_timeout", "idle_timeout", "event_timeout"))
+    with Server([reply(PLAIN)]) as server:
+        assert list(ask(server, **options)) == [A, B, END]
+
+
+def test_connect_timeout_is_a_transport_error(transport, sleeps):
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        fillers = []
+        for _ in range(8):  # until the kernel takes no more
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+            fillers.append(filler)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        got, failure = collect(ask(url, connect_timeout=0.3, max_retries=1))
+        for filler in fillers:
+            filler.close()
+    assert (got, type(failure), failure.attempts) == ([], cs.TransportError, 2)
+
+
+def test_a_large_upload_outlasts_connect_timeout(transport):
+    def read_slowly(sock, file):
+        left = int(server.requests[0].header("Content-Length"))
+        while left:
+            left -= len(file.read(min(left, 1 << 20)))
+            server.stopping.wait(0.06)
+
+    with Server([DEAF, read_slowly, reply(PLAIN)]) as server:
+        prompt = "x" * (24 << 20)
+        assert list(ask(server, prompt, connect_timeout=0.7)) == [A, B, END]
+
+
+def test_a_stalled_upload_is_a_transport_error(transport, sleeps):
+    with Server([DEAF, lambda *_: server.stopping.wait(PATIENCE)]) as server:
+        prompt = "x" * (64 << 20)
+        got, failure = collect(
+            ask(server, prompt, connect_timeout=0.4, idle_timeout=0.4)
+        )
+    assert (got, type(failure)) == ([], cs.TransportError)
+    assert "while sending" in str(failure)
+    assert len(server.requests) == 1
+
+
+def test_an_early_413_to_a_large_request(transport):
+    with Server(
+        [DEAF, error("413 Too Large", {"error": "too large"}), CLOSE]
+    ) as server:
+        _, failure = collect(ask(server, "x" * (16 << 20)))
+    assert isinstance(failure, (cs.StatusError, cs.TransportError))
+
+
+# --------------------------------------------------------------------------------------
+# Retries
+# --------------------------------------------------------------------------------------
+
+
+def http_date(seconds):
+    return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    "headers, wait",
+    [
+        (["Retry-After: 0.4"], 0.4),
+        (["Retry-After: 0"], 0.0),
+        (["Retry-After: 1", "Retry-After-Ms: 700"], 0.7),
+        (["Retry-After: 1", "retry-after-ms: soon"], 1.0),
+        (["Retry-After: soon"], 0.2),
+        (["Retry-After: -1"], 0.2),
+        (["Retry-After: nan"], 0.2),
+        (["Retry-After: inf"], 0.2),
+        (["Retry-After: " + http_date(-100)], 0.2),
+        (["Retry-After: Mon, 99 Foo 2026"], 0.2),
+        (["Retry-After: 120"], 120.0),
+    ],
+)
+def test_retry_after(transport, sleeps, headers, wait):
+    with Server([error("429 Slow", {}, *headers)], [reply(PLAIN)]) as server:
+        assert list(ask(server, max_retries=1)) == [A, B, END]
+    assert sleeps == [pytest.approx(wait)]
+
+
+def test_retry_after_as_a_date(transport, sleeps):
+    header = "Retry-After: " + http_date(100)
+    with Server([error("503 Busy", {}, header)], [reply(PLAIN)]) as server:
+        list(ask(server, max_retries=1))
+    assert 60 < sleeps[0] <= 101
+
+
+def test_too_long_a_wait_gives_up_at_once(transport, sleeps):
+    with Server([error("429 Slow", {"error": "later"}, "Retry-After: 9999")]) as server:
+        _, failure = collect(ask(server, max_retries=4))
+    assert type(failure) is cs.RetryLimitError
+    assert (failure.retry_after, failure.attempts, sleeps) == (9999.0, 1, [])
+
+
+def test_x_should_retry(transport, sleeps):
+    with Server([error("500 Oops", {}, "x-should-retry: false")]) as server:
+        _, failure = collect(ask(server, max_retries=4))
+    assert (type(failure), len(server.requests)) == (cs.StatusError, 1)
+    with Server([error("400 Bad", {}, "X-Should-Retry: true")]) as server:
+        _, failure = collect(ask(server, max_retries=1))
+    assert (type(failure), failure.attempts) == (cs.RetryLimitError, 2)
+
+
+@pytest.mark.parametrize("member", ["code", "type"])
+def test_insufficient_quota_is_not_retried(transport, sleeps, member):
+    body = {"error": {"message": "pay", member: "insufficient_quota"}}
+    with Server([error("429 Slow", body, "x-should-retry: true")]) as server:
+        _, failure = collect(ask(server, max_retries=4))
+    assert (type(failure), len(server.requests)) == (cs.StatusError, 1)
+
+
+def test_a_text_like_insufficient_quota_is_retried(transport, sleeps):
+    body = {"error": {"message": "insufficient_quota", "code": "rate_limit"}}
+    with Server([error("429 Slow", body)]) as server:
+        collect(ask(server, max_retries=1))
+    assert len(server.requests) == 2
+
+
+def test_each_wait_is_logged_once(transport, sleeps, caplog):
+    with Server(
+        [RESET], [error("503 Busy", {"error": "busy"})], [reply(PLAIN)]
+    ) as server:
+        list(ask(server, max_retries=2))
+    lines = warnings_in(caplog)
+    assert len(lines) == 2
+    assert "0.20 s" in lines[0]
+    assert "503" in lines[1]
+    assert "0.40 s" in lines[1]
+
+
+def test_a_call_that_goes_well_logs_nothing_above_debug(transport, caplog):
+    caplog.set_level(logging.DEBUG)
+    with Server([reply(PLAIN)]) as server:
+        list(ask(server))
+    own = [r for r in caplog.records if r.name == "chatstream"]
+    assert len(own) == 2
+    assert {r.levelno for r in caplog.records} == {logging.DEBUG}
+
+
+# --------------------------------------------------------------------------------------
+# Connections
+# --------------------------------------------------------------------------------------
+
+needs_urllib3 = pytest.mark.skipif(urllib3 is None, reason="urllib3 is not installed")
+
+
+@needs_urllib3
+def test_calls_in_a_row_use_one_connection():
+    with Server([reply(PLAIN)]) as server:
+        for _ in range(20):
+            assert list(ask(server)) == [A, B, END]
+        assert server.connections == 1
+
+
+@needs_urllib3
+@pytest.mark.parametrize("length", [True, False])
+def test_also_when_the_end_comes_a_moment_after_done(length):
+    if length:
+        start = head("200 OK", f"Content-Length: {len(PLAIN)}") + PLAIN
+        script = [start]
+    else:
+        script = [CHUNKED + chunked(PLAIN), 0.005, b"0\r\n\r\n"]
+    with Server(script) as server:
+        for _ in range(20):
+            assert list(ask(server)) == [A, B, END]
+        assert server.connections <= 10
+
+
+def test_data_after_done_does_not_hold_the_call(transport):
+    def pour(sock, file):
+        while not server.stopping.wait(0.005):
+            sock.sendall(chunked(b": more\n\n"))
+
+    with Server([CHUNKED + chunked(PLAIN), pour]) as server:
+        assert list(ask(server)) == [A, B, END]
+        server.wait_for_leaving()
+
+
+@needs_urllib3
+def test_a_dead_pooled_connection_costs_nothing():
+    with Server([reply(PLAIN), CLOSE]) as server:
+        for number in range(3):
+            assert list(ask(server, max_retries=0)) == [A, B, END]
+            server.wait_for_leaving(number + 1)
+
+
+@pytest.mark.parametrize(
+    "bad", [[UNFINISHED, CLOSE], [error("500 Oops", {})], [RESET], [UNFINISHED, HOLD]]
+)
+def test_after_an_error_the_next_call_works(transport, bad):
+    with Server(bad, [reply(PLAIN)]) as server:
+        assert collect(ask(server, idle_timeout=0.3))[1] is not None
+        assert list(ask(server)) == [A, B, END]
+
+
+@pytest.mark.parametrize("way", ["close", "drop", "break", "interrupt"])
+@pytest.mark.parametrize("aggregated", [False, True])
+def test_leaving_closes_the_socket(transport, way, aggregated):
+    with Server([UNFINISHED, HOLD]) as server:
+        events = ask(server)
+        if aggregated:
+            events = cs.aggregate(events, deltas=True)
+        if way == "break":
+            for _ in events:
+                break
+        else:
+            assert next(events) == A
+        if way == "close":
+            events.close()
+        elif way == "interrupt":
+            with pytest.raises(KeyboardInterrupt):
+                events.throw(KeyboardInterrupt)
+        del events
+        gc.collect()
+        server.wait_for_leaving()
+
+
+def test_ctrl_c_in_a_read_closes_the_socket(transport):
+    with Server([UNFINISHED, HOLD]) as server:
+        events = ask(server)
+        next(events)
+        previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                next(events)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        server.wait_for_leaving()
+
+
+def test_many_threads_at_once(transport, caplog):
+    results = []
+    with Server([reply(PLAIN)]) as server:
+        threads = [
+            threading.Thread(
+                target=lambda: results.append(list(ask(server, max_retries=2)))
+            )
+            for _ in range(120)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert results == [[A, B, END]] * 120
+    assert [r.name for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+@needs_urllib3
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_opens_its_own_connection():
+    with Server([reply(PLAIN)]) as server:
+        list(ask(server))
+        child = os.fork()
+        if not child:
+            ok = list(ask(server)) == [A, B, END]
+            os._exit(0 if ok else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        list(ask(server))
+    assert [r.connection for r in server.requests] == [1, 2, 1]
+
+
+@needs_urllib3
+def test_pool_of_the_callers():
+    with Server([reply(PLAIN)]) as server:
+        with urllib3.PoolManager(headers={"X-Mine": "1", "user-agent": "p"}) as pool:
+            assert list(ask(server, pool=pool)) == [A, B, END]
+            assert pool.headers == {"X-Mine": "1", "user-agent": "p"}
+    assert server.requests[0].header("X-Mine") == "1"
+    assert server.requests[0].header("User-Agent") == f"chatstream/{cs.__version__}"
+
+
+@needs_urllib3
+def test_a_blocking_pool_gets_its_slots_back():
+    with Server([UNFINISHED, CLOSE], [error("400 Bad", {})], [reply(PLAIN)]) as server:
+        with urllib3.PoolManager(maxsize=1, block=True) as pool:
+            results = [collect(ask(server, pool=pool))[1] for _ in range(4)]
+    assert [type(r).__name__ for r in results[:2]] == [
+        "TruncatedStreamError",
+        "StatusError",
+    ]
+    assert results[2:] == [None, None]
+
+
+@needs_urllib3
+def test_without_the_private_name_the_public_read1_serves(monkeypatch):
+    if not hasattr(urllib3.response.HTTPResponse, "read1"):
+        pytest.skip("urllib3 1.26 has no read1")
+    real = urllib3.PoolManager.urlopen
+
+    def urlopen(*args, **kwargs):
+        response = real(*args, **kwargs)
+        response._original_response = None
+        return response
+
+    monkeypatch.setattr(urllib3.PoolManager, "urlopen", urlopen)
+    with Server([reply(PLAIN)]) as server:
+        assert list(ask(server)) == [A, B, END]
+
+
+# --------------------------------------------------------------------------------------
+# Bounds
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "endless", [b"x" * 65536, b"data: " + b"x" * 65536, b"data: xxx\n" * 6000,
+                b"xxx\n" * 16000, b"data:\n" * 10000],
+    ids=["text", "line", "data lines", "text lines", "empty data lines"],
+)  # fmt: skip
+def test_endless_events_end_in_an_error(transport, endless, monkeypatch):
+    monkeypatch.setattr(cs, "_MAX_EVENT", 1 << 17)
+
+    def pour(sock, file):
+        while True:
+            sock.sendall(chunked(endless))
+
+    with Server([CHUNKED, pour]) as server:
+        got, failure = collect(ask(server))
+    assert (got, type(failure)) == ([], cs.StreamError)
+    assert str(1 << 17) in str(failure)
+
+
+def test_one_large_event_in_small_reads(transport):
+    text = "x" * (8 << 20)
+    body = sse(C(text), STOP, DONE)
+    pieces = [body[i : i + 1024] for i in range(0, len(body), 1024)]
+    with Server([CHUNKED + chunked(*pieces) + b"0\r\n\r\n"]) as server:
+        got = list(ask(server))
+    assert got == [TextDelta(text), END]
+
+
+def test_a_large_event_is_linear():
+    """Work is counted, not timed: every byte is joined once."""
+    data = b"data: " + b"x" * 100_000
+    lines = cs._split_lines(data[i : i + 10] for i in range(0, len(data), 10))
+    pending = next(lines)
+    assert pending == data
+
+
+@pytest.mark.parametrize("status", ["400 Bad", "500 Oops"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        [lambda s, f: [s.sendall(chunked(b"x" * 4096)) for _ in range(10**6)]],
+        [chunked(b"so far"), HOLD],
+        [chunked(b"so far"), b"5\r\nab", HOLD],
+        [b"zz\r\n", CLOSE],
+        [HOLD],
+    ],
+    ids=["endless", "stalled", "inside a chunk", "garbage", "nothing"],
+)
+@pytest.mark.parametrize("closing", [(), ("Connection: close",)])
+def test_an_error_body_never_hides_the_status(
+    transport, status, script, closing, monkeypatch
+):
+    monkeypatch.setattr(cs, "_ERROR_BODY_SECONDS", 0.3)
+    start = head(status, "Transfer-Encoding: chunked", *closing, type="text/plain")
+    with Server([start, *script]) as server:
+        _, failure = collect(ask(server))
+    assert isinstance(failure, cs.StatusError)
+    assert failure.status == int(status[:3])
+    assert len(failure.body) <= 64 * 1024
+    if b"so far" in script[0:1][0:1] or script[0] == chunked(b"so far"):
+        assert failure.body.startswith("so far")
+
+
+def test_a_compressed_error_body(transport):
+    body = gzip.compress(json.dumps({"error": "too long"}).encode())
+    with Server([error("400 Bad", body, "Content-Encoding: gzip")]) as server:
+        assert collect(ask(server))[1].message == "too long"
+    with Server([error("400 Bad", b"x", "Content-Encoding: br")]) as server:
+        assert collect(ask(server))[1].status == 400
+
+
+# --------------------------------------------------------------------------------------
+# Arguments
+# --------------------------------------------------------------------------------------
+
+URL = "http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize(
+    "options, kind, text",
+    [
+        ({"model": ""}, ValueError, "model"),
+        ({"model": " "}, ValueError, "model"),
+        ({"model": None}, TypeError, "model"),
+        ({"messages": []}, ValueError, "messages"),
+        ({"messages": ""}, ValueError, "messages"),
+        ({"messages": ["x"]}, TypeError, r"messages\[0\]"),
+        ({"messages": [{}, None]}, TypeError, r"messages\[1\]"),
+        ({"messages": {"role": "user"}}, TypeError, "messages"),
+        ({"messages": Message()}, TypeError, "messages"),
+        ({"messages": b"x"}, TypeError, "messages"),
+        ({"messages": 5}, TypeError, "messages"),
+        ({"instructions": 5}, TypeError, "instructions"),
+        ({"base_url": "127.0.0.1/v1"}, ValueError, "base_url"),
+        ({"base_url": "ftp://x/v1"}, ValueError, "base_url"),
+        ({"base_url": "http://"}, ValueError, "base_url"),
+        ({"base_url": "http://x:99999/"}, ValueError, "base_url"),
+        ({"base_url": "http://x:0/"}, ValueError, "base_url"),
+        ({"base_url": "http://[::1/v1"}, ValueError, "base_url"),
+        ({"base_url": "http://a b/v1"}, ValueError, "base_url"),
+        ({"base_url": "http://x/v1#f"}, ValueError, "base_url"),
+        ({"base_url": f"http://user:{KEY}@x/v1"}, ValueError, "user:password@"),
+        ({"base_url": 5}, TypeError, "base_url"),
+        ({"connect_timeout": 0}, ValueError, "connect_timeout"),
+        ({"connect_timeout": "5"}, TypeError, "connect_timeout"),
+        ({"idle_timeout": -1}, ValueError, "idle_timeout"),
+        ({"idle_timeout": float("nan")}, ValueError, "idle_timeout"),
+        ({"idle_timeout": True}, TypeError, "idle_timeout"),
+        ({"event_timeout": float("inf")}, ValueError, "event_timeout"),
+        ({"event_timeout": 10**400}, ValueError, "event_timeout"),
+        ({"max_retries": -1}, ValueError, "max_retries"),
+        ({"max_retries": 1.5}, TypeError, "max_retries"),
+        ({"max_retries": True}, TypeError, "max_retries"),
+        ({"provider": "opanai"}, ValueError, "opanai.*openrouter|openrouter.*opanai"),
+        ({"provider": 5}, TypeError, "provider"),
+        ({"api_key": 5}, TypeError, "api_key"),
+        ({"api_key": KEY + "\n"}, ValueError, "api_key"),
+        ({"api_key": KEY + "\u201d"}, ValueError, "api_key"),
+        ({"headers": {"X-Key": KEY + "\r\nX: y"}}, ValueError, "X-Key"),
+        ({"headers": {f"X\n{KEY}": "v"}}, ValueError, "headers"),
+        ({"headers": {"X": 5}}, TypeError, "headers"),
+        ({"headers": {"Content-Length": "5"}}, ValueError, "Content-Length"),
+        ({"headers": [("a", "b")]}, TypeError, "headers"),
+        ({"extra_body": [1]}, TypeError, "extra_body"),
+        ({"pool": object()}, TypeError, "pool"),
+        ({"stream": False}, TypeError, "aggregate"),
+        ({"extra_body": {"stream": False}}, TypeError, "aggregate"),
+        ({"timeout": 5}, TypeError, "idle_timeout"),
+        ({"temperature": float("nan")}, ValueError, "JSON"),
+        ({"tools": {1, 2}}, TypeError, "JSON.*set"),
+        ({"messages": [{"content": b"x"}]}, TypeError, "JSON.*bytes"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_the_call(options, kind, text):
+    options = {"messages": "x", "model": "m", "base_url": URL, **options}
+    with pytest.raises(kind, match=text) as caught:
+        cs.stream(options.pop("messages"), **options)
+    assert KEY not in str(caught.value)
+    assert not isinstance(caught.value, cs.ChatStreamError)
+
+
+def test_a_body_nested_too_deeply():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested"):
+        cs.stream("x", model="m", base_url=URL, tools=deep)
+
+
+def test_stream_is_a_generator_that_waits(transport):
+    with Server() as server:
+        events = ask(server)
+        assert type(events).__name__ == "generator"
+        assert server.connections == 0
+        events.close()
+
+
+def test_nothing_of_the_callers_is_changed(transport):
+    history = [{"role": "user", "content": "a"}, Message(content="b")]
+    headers, extra = {"accept": "x/y"}, {"provider": {"order": ["a"]}, "timeout": 5}
+    before = copy.deepcopy((history, headers, extra))
+    with Server() as server:
+        list(ask(server, history, headers=headers, extra_body=extra, instructions="i"))
+    assert (history, headers, extra) == before
+    body = server.requests[0].json
+    assert (body["provider"], body["timeout"]) == ({"order": ["a"]}, 5)
+    assert server.requests[0].header("Accept") == "x/y"
+
+
+def test_headers_replace_whatever_the_case(transport):
+    provider = cs.Provider("p", "http://x", headers={"X-A": "1", "X-B": "1"})
+    mine = {"x-b": "2", "AUTHORIZATION": "other", "api-key": "k", "user-agent": "me"}
+    with Server() as server:
+        list(ask(server, provider=provider, headers=mine, api_key=KEY))
+    sent = [(n.lower(), v) for n, v in server.requests[0].headers]
+    expected = {
+        ("x-a", "1"),
+        ("x-b", "2"),
+        ("authorization", "other"),
+        ("api-key", "k"),
+    }
+    assert expected <= set(sent)
+    assert ("user-agent", "me") in sent
+    assert len({n for n, _ in sent}) == len(sent)
+
+
+@pytest.mark.parametrize(
+    "base, target",
+    [
+        ("", "/chat/completions"),
+        ("/", "/chat/completions"),
+        ("/a/b//", "/a/b/chat/completions"),
+        ("/d/x/?api-version=2024-10-21&q=a b".replace(" ", "%20"),
+         "/d/x/chat/completions?api-version=2024-10-21&q=a%20b"),
+        ("/é", "/%C3%A9/chat/completions"),
+    ],
+)  # fmt: skip
+def test_where_it_goes(transport, base, target):
+    with Server() as server:
+        list(ask(server, base_url=server.origin + base))
+    assert server.requests[0].target == target
+
+
+def test_openai_base_url(transport, monkeypatch):
+    with Server() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        list(cs.stream("x", model="m"))
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        list(cs.stream("x", model="m"))
+    assert server.requests[0].header("Authorization") is None
+    assert server.requests[1].header("Authorization") == f"Bearer {KEY}"
+    with pytest.raises(ValueError, match="base_url"):
+        monkeypatch.setenv("OPENAI_BASE_URL", "nonsense")
+        cs.stream("x", model="m")
+
+
+def test_the_key_of_one_provider_goes_nowhere_else(transport, monkeypatch):
+    for name in ("OPENAI_API_KEY", "GROQ_API_KEY"):
+        monkeypatch.setenv(name, KEY + name)
+    with Server() as server:
+        list(ask(server))
+        list(ask(server, provider="ollama"))
+        list(ask(server, provider="groq"))
+    sent = [r.header("Authorization") for r in server.requests]
+    assert sent == [None, None, f"Bearer {KEY}GROQ_API_KEY"]
+
+
+def test_a_provider_of_ones_own(transport, monkeypatch):
+    with Server() as server:
+        mine = cs.Provider("mine", server.url, "MY_KEY", "Ask Bob.", {"X-Team": "red"})
+        with pytest.raises(cs.MissingAPIKeyError, match=r"MY_KEY.*Ask Bob\."):
+            cs.stream("x", model="m", provider=mine)
+        monkeypatch.setenv("MY_KEY", KEY)
+        list(cs.stream("x", model="m", provider=mine))
+    assert server.requests[0].header("X-Team") == "red"
+    assert "red" not in repr(mine)
+
+
+# --------------------------------------------------------------------------------------
+# Secrets
+# --------------------------------------------------------------------------------------
+
+
+def everything_about(failure):
+    shown = [repr(failure), str(failure), repr(vars(failure)), repr(failure.args)]
+    while failure := failure.__cause__:
+        shown.append(repr(failure))
+    return "\n".join(shown)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [error("401 No", {"error": {"message": f"bad key {KEY}", "raw": [KEY]}})],
+        [error("500 No", f"your key {KEY} and token-in-url".encode())],
+        [error("302 Moved", {}, f"Location: http://u:{KEY}@x/y?key={KEY}")],
+        [reply(sse({"error": {"message": KEY, KEY: KEY}}))],
+        [reply(sse(f"{{bad {KEY}"))],
+        [reply(f"<html>{KEY}".encode())],
+        [RESET],
+        [UNFINISHED, CLOSE],
+    ],
+)
+def test_no_secret_in_any_error_or_log(transport, script, caplog, sleeps):
+    caplog.set_level(logging.DEBUG)
+    with Server(script) as server:
+        url = server.url + "?key=token-in-url"
+        options = {"api_key": KEY, "strict": True, "base_url": url, "max_retries": 1}
+        _, failure = collect(cs.aggregate(ask(server, **options)))
+    shown = everything_about(failure)
+    own = "\n".join(r.getMessage() for r in caplog.records if r.name == "chatstream")
+    for secret in (KEY, "token-in-url"):
+        assert secret not in shown
+        assert secret not in own
+
+
+def test_redirects_are_not_followed(transport):
+    with Server(
+        [error("307 Moved", {}, "Location: http://other/v2?key=abc")]
+    ) as server:
+        _, failure = collect(ask(server, api_key=KEY, max_retries=3))
+    assert len(server.requests) == 1
+    assert "http://other/v2" in str(failure)
+    assert "abc" not in str(failure)
+
+
+# --------------------------------------------------------------------------------------
+# Proxies and TLS
+# --------------------------------------------------------------------------------------
+
+
+def test_http_proxy_gets_an_absolute_request(transport, monkeypatch):
+    with Server([reply(PLAIN)]) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://bob:p%40ss@127.0.0.1:{proxy.port}")
+        assert list(ask("http://upstream.test/v1")) == [A, B, END]
+    (request,) = proxy.requests
+    assert request.target in (
+        "http://upstream.test/v1/chat/completions",
+        "http://upstream.test:80/v1/chat/completions",
+    )
+    assert request.header("Host") == "upstream.test"
+    assert request.header("Proxy-Authorization") == "Basic Ym9iOnBAc3M="
+
+
+def test_all_proxy_without_a_scheme(transport, monkeypatch):
+    with Server([reply(PLAIN)]) as proxy:
+        monkeypatch.setenv("all_proxy", f"127.0.0.1:{proxy.port}")
+        assert list(ask("http://upstream.test/v1")) == [A, B, END]
+
+
+def test_no_proxy(transport, monkeypatch):
+    with Server([reply(PLAIN)]) as server:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
+        assert list(ask(server)) == [A, B, END]
+
+
+@pytest.mark.parametrize(
+    "url", ["socks5://127.0.0.1:9", "socks5h://u:hidden@127.0.0.1:9"]
+)
+def test_a_proxy_scheme_that_is_not_spoken(transport, monkeypatch, url):
+    monkeypatch.setenv("ALL_PROXY", url)
+    _, failure = collect(ask("http://upstream.test/v1", max_retries=3))
+    assert type(failure) is cs.TransportError
+    assert "socks5" in str(failure)
+    assert "hidden" not in str(failure)
+    assert failure.attempts == 1
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """A private CA and two certificates: for 127.0.0.1, and for another host."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*args):
+        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
+
+    key = ["-newkey", "rsa:2048", "-nodes"]
+    (folder / "ca.cnf").write_text(
+        "[req]\ndistinguished_name=d\n[d]\n[ca]\nbasicConstraints=critical,CA:TRUE\n"
+        "keyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n"
+    )
+    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2",
+            "-subj", "/CN=Test CA", "-config", "ca.cnf", "-extensions", "ca")  # fmt: skip
+    for name, alternative in [("good", "IP:127.0.0.1"), ("wrong", "DNS:other.test")]:
+        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr",
+                "-subj", f"/CN={name}", "-config", "ca.cnf")  # fmt: skip
+        (folder / "ext").write_text(
+            f"subjectAltName={alternative}\nauthorityKeyIdentifier=keyid\n"
+        )
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
+                "-CAcreateserial", "-days", "2", "-extfile", "ext", "-out", f"{name}.pem")  # fmt: skip
+
+    def context(name):
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
+        return made
+
+    return folder, context
+
+
+def test_tls_with_a_private_authority(transport, certificates, monkeypatch, sleeps):
+    folder, context = certificates
+    with Server([reply(PLAIN)], tls=context("good")) as server:
+        _, failure = collect(ask(server, max_retries=3))
+        assert type(failure) is cs.TransportError
+        assert "certificate" in str(failure)
+        assert "SSL_CERT_FILE" in str(failure)
+        assert (failure.attempts, sleeps) == (1, [])
+        monkeypatch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))
+        assert list(ask(server)) == [A, B, END]
+        assert list(ask(server)) == [A, B, END]
+
+
+def test_tls_with_a_wrong_host_name(transport, certificates, monkeypatch, sleeps):
+    folder, context = certificates
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))
+    with Server([reply(PLAIN)], tls=context("wrong")) as server:
+        _, failure = collect(ask(server, max_retries=3))
+    assert type(failure) is cs.TransportError
+    assert failure.attempts == 1
+    assert server.requests == []
+
+
+def test_tls_to_a_server_that_speaks_none(transport, sleeps):
+    with Server([reply(PLAIN)]) as server:
+        url = server.url.replace("http:", "https:")
+        _, failure = collect(ask(url, max_retries=1, connect_timeout=1))
+    assert type(failure) is cs.TransportError
+    assert failure.attempts == 2
+
+
+def test_tls_handshake_that_stalls_is_a_connect_timeout(transport, sleeps):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
+        _, failure = collect(ask(url, connect_timeout=0.3, max_retries=1))
+    assert type(failure) is cs.TransportError
+    assert failure.attempts == 2
+
+
+def test_tls_idle_timeout_and_cut(transport, certificates, monkeypatch):
+    folder, context = certificates
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))
+    with Server([UNFINISHED, HOLD], [UNFINISHED, CLOSE], tls=context("good")) as server:
+        got, failure = collect(ask(server, idle_timeout=0.5))
+        assert (got, type(failure)) == ([A], cs.IdleTimeoutError)
+        got, failure = collect(ask(server))
+        assert (got, type(failure)) == ([A], cs.TruncatedStreamError)
+
+
+def relay(upstream_port):
+    """The part of a proxy after CONNECT."""
+
+    def run(sock, file):
+        with socket.create_connection(("127.0.0.1", upstream_port)) as upstream:
+            sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+
+            def back():
+                try:
+                    while data := upstream.recv(65536):
+                        sock.sendall(data)
+                    sock.shutdown(socket.SHUT_WR)
+                except OSError:
+                    pass
+
+            thread = threading.Thread(target=back, daemon=True)
+            thread.start()
+            try:
+                while data := file.read1(65536):
+                    upstream.sendall(data)
+            except OSError:
+                pass
+
+    return [run, CLOSE]
+
+
+def test_https_proxy_tunnels(transport, certificates, monkeypatch):
+    folder, context = certificates
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))
+    with Server([reply(PLAIN)], tls=context("good")) as server:
+        with Server(relay(server.port)) as proxy:
+            monkeypatch.setenv("HTTPS_PROXY", f"http://bob:pass@127.0.0.1:{proxy.port}")
+            assert list(ask(server, api_key=KEY)) == [A, B, END]
+    (connect,) = proxy.requests
+    assert (connect.method, connect.target) == ("CONNECT", f"127.0.0.1:{server.port}")
+    assert connect.header("Proxy-Authorization") == "Basic Ym9iOnBhc3M="
+    assert connect.header("Authorization") is None
+    assert server.requests[0].header("Authorization") == f"Bearer {KEY}"
+    assert server.requests[0].header("Proxy-Authorization") is None
+
+
+def test_a_proxy_that_refuses(transport, monkeypatch, sleeps):
+    refusal = head("407 Proxy Authentication Required", "Content-Length: 0")
+    with Server([refusal, CLOSE]) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://bob:hidden@127.0.0.1:{proxy.port}")
+        _, failure = collect(ask("https://upstream.test/v1"))
+    assert type(failure) is cs.TransportError
+    assert "407" in str(failure)
+    assert "hidden" not in everything_about(failure)
+
+
+def test_an_https_proxy_for_http(transport, certificates, monkeypatch):
+    folder, context = certificates
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))
+    with Server([reply(PLAIN)], tls=context("good")) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"https://127.0.0.1:{proxy.port}")
+        assert list(ask("http://upstream.test/v1")) == [A, B, END]
+    assert proxy.requests[0].target.startswith("http://upstream.test")
+
+
+def test_tls_through_a_tls_proxy_without_urllib3(monkeypatch):
+    monkeypatch.setitem(sys.modules, "urllib3", None)
+    monkeypatch.setenv("HTTPS_PROXY", "https://127.0.0.1:9")
+    _, failure = collect(ask("https://upstream.test/v1", max_retries=2))
+    assert type(failure) is cs.TransportError
+    assert "urllib3" in str(failure)
+
+
+# --------------------------------------------------------------------------------------
+# Messages
+# --------------------------------------------------------------------------------------
+
+DELTAS = [
+    TextDelta("a"),
+    ReasoningDelta("r", 0, {"reasoning_content": "r", "reasoning_details": [{"n": 1}]}),
+    TextDelta("z", 1),
+    RefusalDelta("no", 1),
+    ToolCallDelta(1, "j", "g", "[]"),
+    ToolCallDelta(0, "i", "f", "{"),
+    ReasoningDelta("s", 0, {"reasoning_content": "s", "reasoning_details": [{"n": 2}]}),
+    ReasoningDelta("", 0, {"reasoning": {"text": "t"}}),
+    Chunk({"x": 1}),
+    ToolCallDelta(0, "i", "f", "}", {"e": 1}),
+    TextDelta("b"),
+    Completed("id", "m", "stop", {0: "stop", 1: "length"}),
+]
+MESSAGES = [
+    Message(
+        content="ab",
+        reasoning="rs",
+        tool_calls=(ToolCall("i", "f", "{}", {"e": 1}), ToolCall("j", "g", "[]")),
+        finish_reason="stop",
+        extra={
+            "reasoning_content": "rs",
+            "reasoning_details": [{"n": 1}, {"n": 2}],
+            "reasoning": {"text": "t"},
+        },
+    ),
+    Message(content="z", refusal="no", finish_reason="length", choice=1),
+]
+
+
+def test_aggregate_gathers_by_choice():
+    before = copy.deepcopy(DELTAS)
+    got = list(cs.aggregate(DELTAS))
+    assert got == [*MESSAGES, DELTAS[-1]]
+    assert got[-1] is DELTAS[-1]
+    assert before == DELTAS
+
+
+def test_aggregate_deltas_passes_everything_on():
+    got = list(cs.aggregate(iter(DELTAS), deltas=True))
+    assert got == [*DELTAS[:-1], *MESSAGES, DELTAS[-1]]
+
+
+def test_aggregate_starts_afresh():
+    end = Completed()
+    got = list(cs.aggregate([A, end, B, end, *MESSAGES, end]))
+    assert got == [Message(content="a"), end, Message(content="b"), end, *MESSAGES, end]
+
+
+def test_aggregate_without_completed():
+    assert list(cs.aggregate([A, B])) == [Message(content="ab")]
+
+
+def test_aggregate_makes_nothing_of_opaque_members_alone():
+    delta = ReasoningDelta("", 0, {"reasoning_details": [{"signature": "s"}]})
+    assert list(cs.aggregate([delta, END])) == [END]
+
+
+def test_aggregate_closes_what_it_reads():
+    closed = []
+
+    def events():
+        try:
+            yield A
+            yield B
+        finally:
+            closed.append(True)
+
+    messages = cs.aggregate(events(), deltas=True)
+    next(messages)
+    messages.close()
+    assert closed == [True]
+
+
+def test_aggregate_wants_an_iterable():
+    with pytest.raises(TypeError):
+        cs.aggregate(5)
+
+
+def test_to_dict():
+    first, second = MESSAGES
+    assert second.to_dict() == {"role": "assistant", "content": "z", "refusal": "no"}
+    assert Message().to_dict() == {"role": "assistant", "content": ""}
+    assert Message(tool_calls=(ToolCall("i", "f", "{}"),)).to_dict()["content"] is None
+    sent = first.to_dict(reasoning=True)
+    assert {k: sent.pop(k) for k in first.extra} == first.extra
+    assert sent == first.to_dict()
+    assert "reasoning" not in "".join(first.to_dict())
+
+
+def test_a_whole_tool_loop(transport):
+    details = [{"type": "reasoning.encrypted", "data": "x"}]
+    first = sse(
+        C(delta={"reasoning": "hm", "reasoning_details": details}),
+        tool(
+            0, "i", "add", '{"a":', extra_content={"google": {"thought_signature": "s"}}
+        ),
+        tool(0, None, None, "1}"),
+        C(finish="tool_calls"),
+        DONE,
+    )
+    with Server([reply(first)], [reply(PLAIN)]) as server:
+        history = [{"role": "user", "content": "1+1?"}]
+        message, end = cs.aggregate(ask(server, history, tools=[{"type": "function"}]))
+        assert end.finish_reason == message.finish_reason == "tool_calls"
+        (call,) = message.tool_calls
+        assert json.loads(call.arguments) == {"a": 1}
+        history.append(message.to_dict(reasoning=True))
+        history.append({"role": "tool", "tool_call_id": call.id, "content": "2"})
+        answer, _ = cs.aggregate(ask(server, history))
+        history.append(answer)
+        list(ask(server, history))
+    assert server.requests[1].json["messages"] == [
+        {"role": "user", "content": "1+1?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "i",
+                    "type": "function",
+                    "function": {"name": "add", "arguments": '{"a":1}'},
+                    "extra_content": {"google": {"thought_signature": "s"}},
+                }
+            ],
+            "reasoning": "hm",
+            "reasoning_details": details,
+        },
+        {"role": "tool", "tool_call_id": "i", "content": "2"},
+    ]
+    assert server.requests[2].json["messages"][-1] == {
+        "role": "assistant",
+        "content": "ab",
+    }
+
+
+# --------------------------------------------------------------------------------------
+# Pickle, names, types
+# --------------------------------------------------------------------------------------
+
+ERRORS = [
+    cs.ChatStreamError("t", partial=(MESSAGES[0],), request_id="r"),
+    cs.MissingAPIKeyError("t", env_key="K", instructions="i"),
+    cs.StatusError("t", status=400, body="b", message="m", code=1, retry_after=2.0),
+    cs.RetryLimitError("t", status=500, attempts=3, partial=(MESSAGES[1],)),
+    cs.TransportError("t", attempts=2),
+    cs.StreamError("t", request_id="r"),
+    cs.IdleTimeoutError("t", seconds=1.5, partial=(MESSAGES[1],)),
+    cs.TruncatedStreamError("t"),
+    cs.MalformedChunkError("t", data="d"),
+    cs.ServerError("t", code="c", type="y", message="m", raw={"a": [1]}),
+]
+
+
+@pytest.mark.parametrize("value", [*DELTAS, *MESSAGES, USED, *cs.PROVIDERS.values()])
+def test_events_survive_pickle_and_copy(value):
+    for twin in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value)):
+        assert twin == value
+        assert twin is not value
+
+
+@pytest.mark.parametrize("failure", ERRORS, ids=lambda e: type(e).__name__)
+def test_errors_survive_pickle_and_copy(failure):
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        twin = pickle.loads(pickle.dumps(failure, protocol))
+        assert (type(twin), twin.args, vars(twin)) == (
+            type(failure),
+            failure.args,
+            vars(failure),
+        )
+    assert vars(copy.deepcopy(failure)) == vars(failure)
+
+
+def test_a_real_error_survives_pickle(transport):
+    with Server([UNFINISHED, CLOSE]) as server:
+        _, failure = collect(cs.aggregate(ask(server)))
+    twin = pickle.loads(pickle.dumps(failure))
+    assert (str(twin), vars(twin)) == (str(failure), vars(failure))
+    assert twin.partial == (Message(content="a"),)
+
+
+def test_every_public_name_is_listed_and_documented():
+    tree = ast.parse(pathlib.Path(cs.__file__).read_text(encoding="utf-8"))
+    defined = {
+        node.name
+        for node in tree.body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name[0] != "_"
+    }
+    assert defined == set(cs.__all__) - {"PROVIDERS", "Event", "__version__"}
+    for name in defined:
+        assert getattr(cs, name).__doc__, name
+    assert set(cs.Event.__args__) == {type(e) for e in DELTAS} | {Message}
+
+
+def test_defaults_are_the_contract():
+    assert Message() == Message("assistant", "", "", "", (), None, 0, {})
+    assert Completed() == Completed("", "", None, {}, None, 0, "")
+    assert Usage() == Usage(0, 0, 0, 0, 0)
+    assert ToolCallDelta(1) == ToolCallDelta(1, "", "", "", None, 0)
+    assert cs.Provider("n", "u") == cs.Provider("n", "u", None, None, {})
+    assert issubclass(cs.IdleTimeoutError, TimeoutError)
+    assert issubclass(cs.RetryLimitError, cs.StatusError)
+
+
+def test_urllib3_is_imported_on_first_use_only():
+    code = "import sys, chatstream; sys.exit('urllib3' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+
+
+# --------------------------------------------------------------------------------------
+# The shortcut for chunks that differ in one string
+# --------------------------------------------------------------------------------------
+
+TEXTS = ["a", " b", "é", "\n", '"', "\\", "\u2028", "\x7f", "\t", "😀", "\ud83d", "\udc69", "",
+         '"},"finish_reason":null}],"obfuscation":"', "null", "\\u0041", "]}", "\u00a0"]  # fmt: skip
+
+
+def random_stream(rng):
+    """Chunks of one server, mostly alike, now and then anything."""
+    shape = rng.randrange(7)
+    ascii_only, spaced = rng.random() < 0.5, rng.random() < 0.3
+    separators = (", ", ": ") if spaced else (",", ":")
+    lines = []
+    for number in range(rng.randrange(2, 25)):
+        text = rng.choice(TEXTS) * rng.randrange(1, 3)
+        if shape == 0:
+            chunk = C(text)
+        elif shape == 1:
+            chunk = C(text, obfuscation=rng.choice(["q", "Zx-_9", "", '"'] * 3 + ["é"]))
+        elif shape == 2:
+            chunk = tool(rng.choice([0, 0, 0, 1, None]), rng.choice([None, None, "i", "j"]),
+                         rng.choice([None, None, "f"]), text)  # fmt: skip
+        elif shape == 3:
+            chunk = C(delta={rng.choice(["reasoning", "reasoning_content"]): text})
+        elif shape == 4:
+            chunk = C(
+                text,
+                index=rng.choice([0, 0, 1]),
+                usage=rng.choice([None, USAGE, ZEROS]),
+            )
+        elif shape == 5:
+            delta = {"content": text, "extra": {"content": text}, "tool_calls": None}
+            chunk = C(delta=delta, p="ab" * rng.randrange(3))
+        else:
+            chunk = C(text, id=f"c{number if rng.random() < 0.2 else 0}")
+        if rng.random() < 0.08:
+            chunk = rng.choice(
+                [STOP, {"choices": []}, whole({"content": "w"}), tool(0, "n", "g", "{")]
+            )
+        line = json.dumps(chunk, ensure_ascii=ascii_only, separators=separators)
+        if rng.random() < 0.05:
+            place = rng.randrange(len(line))
+            line = (
+                line[:place]
+                + rng.choice(['"', "\\", "}", "x", "\x01", ""])
+                + line[place + 1 :]
+            )
+        if rng.random() < 0.05:  # the member twice: the last one counts
+            line = line.replace('"content"', '"content":"no","content"', 1)
+        lines.append(line)
+    return b"".join(
+        b"data: %b\n\n" % line.encode("utf-8", "surrogatepass") for line in lines
+    )
+
+
+def test_the_shortcut_gives_the_same_events():
+    hits = 0
+    for seed in range(1200):
+        body = random_stream(random.Random(seed))
+        fast, failure = decode([body])
+        plain, _ = decode([body], raw=True)
+        assert failure is None
+        assert fast == [e for e in plain if not isinstance(e, Chunk)], (seed, body)
+        hits += len(fast)
+    assert hits > 5_000
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        lambda text: C(text),
+        lambda text: C(text, obfuscation="x" + text),
+        lambda text: C(delta={"reasoning_content": text}),
+        lambda text: tool(0, None, None, text),
+    ],
+)
+def test_the_shortcut_is_taken(chunk, monkeypatch):
+    parsed = []
+    real = cs._parse_object
+    monkeypatch.setattr(cs, "_parse_object", lambda d: parsed.append(d) or real(d))
+    start = sse(tool(0, "i", "f", ""))
+    got, _ = decode([start + sse(*[chunk(f"w{i}") for i in range(50)])])
+    assert len(got) == 51
+    assert len(parsed) < 8
+
+
+def test_the_shortcut_gives_up_where_it_does_not_help(monkeypatch):
+    parsed = []
+    real = cs._parse_object
+    monkeypatch.setattr(cs, "_parse_object", lambda d: parsed.append(d) or real(d))
+    got, _ = decode([sse(*[C("w", id=f"c{i}") for i in range(1000)])])
+    assert len(got) == 1000
+    assert len(parsed) < 1020
+
+
+# --------------------------------------------------------------------------------------
+# Fuzz: seeded, bounded
+# --------------------------------------------------------------------------------------
+
+
+def pieces_of(body, rng):
+    at = 0
+    while at < len(body):
+        step = rng.choice([1, 2, 7, 60, 700])
+        yield body[at : at + step]
+        at += step
+
+
+def all_rows():
+    return [r[1] for r in ROWS + ERROR_ROWS] + [sse(*r[1], DONE) for r in CALL_ROWS]
+
+
+def summary(result):
+    events, failure = result
+    return events, type(failure), str(failure)
+
+
+def test_fuzz_streams_cut_at_random():
+    rng = random.Random(1)
+    rows = all_rows()
+    for _ in range(800):
+        body = b"".join(rng.sample(rows, 3))
+        assert summary(decode(pieces_of(body, rng))) == summary(decode([body])), body
+
+
+def test_fuzz_flipped_bytes_and_noise():
+    rng = random.Random(2)
+    rows = all_rows()
+    for number in range(1500):
+        body = bytearray(b"".join(rng.sample(rows, 2)))
+        if number % 5 == 0:
+            body = bytearray(rng.randbytes(200) if hasattr(rng, "randbytes") else b"x")
+        for _ in range(rng.randrange(1, 6)):
+            if body:
+                body[rng.randrange(len(body))] = rng.choice(
+                    b'\n\r:{}[]",\\0e-\x00\xff d'
+                )
+        for strict in (False, True):
+            got, failure = decode(pieces_of(bytes(body), rng), strict)
+            assert failure is None or isinstance(failure, cs.StreamError)
+            for event in got:
+                json.dumps(dataclasses.asdict(event))
+                getattr(event, "text", "").encode()
+
+
+def test_fuzz_over_sockets(transport):
+    rng = random.Random(3)
+    rows = all_rows()
+    for _ in range(60):
+        body = bytearray(
+            CHUNKED + chunked(*pieces_of(b"".join(rng.sample(rows, 2)), rng))
+        )
+        body += b"0\r\n\r\n"
+        for _ in range(rng.randrange(1, 4)):
+            body[rng.randrange(len(CHUNKED), len(body))] = rng.randrange(256)
+        with Server([bytes(body), CLOSE]) as server:
+            got, failure = collect(ask(server, idle_timeout=5))
+        assert failure is not None or isinstance(got[-1], Completed)
+
+
+# --------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------
+
+
+def command(*args, env=None, input=None, **options):
+    full = {k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"}
+    full.update(env or {})
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(HERE / "chatstream.py"), *args],
+        env=full, input=input, capture_output=True, timeout=PATIENCE * 2, **options,
+    )  # fmt: skip
+
+
+def test_cli_demo_on_a_bare_interpreter(tmp_path):
+    shutil.copy(cs.__file__, tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-I", "-S", "chatstream.py", "--demo", "hello", "there"],
+        cwd=tmp_path, capture_output=True, timeout=PATIENCE * 2, env={"HTTP_PROXY": "http://127.0.0.1:9"},
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert b"hello there" in run.stdout
+
+
+def test_cli_streams_through_a_pipe():
+    gate = threading.Event()
+    script = [CHUNKED + chunked(sse(C("first"))), lambda *_: gate.wait(PATIENCE)]
+    with Server(
+        [*script, chunked(sse(C(" second"), STOP, DONE)) + b"0\r\n\r\n"]
+    ) as server:
+        child = subprocess.Popen(
+            [sys.executable, "chatstream.py", "-m", "m", "-u", server.url, "x"],
+            cwd=HERE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        with child:
+            assert child.stdout.read(5) == b"first"
+            gate.set()
+            assert child.stdout.read() == b" second\n"
+        assert child.returncode == 0
+
+
+def test_cli_json_lines():
+    body = sse(C(delta={"reasoning_content": "r"}), C("é"), STOP, DONE)
+    with Server([reply(body)]) as server:
+        run = command("-m", "m", "-u", server.url, "--json", "x")
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [line.pop("event") for line in lines] == [
+        "ReasoningDelta",
+        "TextDelta",
+        "Completed",
+    ]
+    assert lines[1] == {"text": "é", "choice": 0}
+    assert lines[2]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "script, code",
+    [
+        ([reply(PLAIN)], 0),
+        ([error("400 Bad", {"error": "wrong"})], 1),
+        ([reply(sse(C("a"), DONE))], 3),
+        ([reply(sse(C("a", finish="length"), DONE))], 3),
+        ([reply(sse(C("a", finish="content_filter"), DONE))], 3),
+        ([reply(sse(tool(0, "i", "f", "{}"), C(finish="tool_calls"), DONE))], 0),
+    ],
+)
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_cli_exit_codes(script, code, option, capsys):
+    with Server(script) as server:
+        assert cs._main(["-m", "m", "-u", server.url, *option, "x"]) == code
+    out, err = capsys.readouterr()
+    assert bool(err) == (code != 0 or "f({})" in err)
+    if code == 1:
+        assert "wrong" in err
+        assert len(err.splitlines()) == 1
+        if option:
+            shown = json.loads(out)
+            assert (shown["event"], shown["type"]) == ("error", "StatusError")
+            assert "wrong" in shown["message"]
+
+
+def test_cli_everything_but_text_goes_to_stderr(capsys):
+    body = sse(C(delta={"reasoning_content": "hm", "content": "a"}), C(delta={"refusal": "no"}),
+               tool(0, "i", "f", "{}"), STOP, DONE)  # fmt: skip
+    with Server([reply(body)]) as server:
+        assert cs._main(["-m", "m", "-u", server.url, "x"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "a\n"
+    assert "hm" in err
+    assert "no" in err
+    assert "f({})" in err
+    assert "\x1b" not in err
+
+
+def test_cli_options_reach_the_request(monkeypatch, capsys):
+    monkeypatch.setenv("MY_KEY", KEY)
+    monkeypatch.setenv("CHATSTREAM_MODEL", "from-env")
+    with Server([reply(PLAIN)]) as server:
+        cs._main(
+            [
+                "-u",
+                server.url,
+                "--key-env",
+                "MY_KEY",
+                "-i",
+                "brief",
+                "-p",
+                "ollama",
+                "a",
+                "b",
+            ]
+        )
+    (request,) = server.requests
+    assert request.header("Authorization") == f"Bearer {KEY}"
+    assert request.json["model"] == "from-env"
+    assert [m["content"] for m in request.json["messages"]] == ["brief", "a b"]
+
+
+@pytest.mark.parametrize("prompt", [[], ["-"]])
+def test_cli_standard_input(prompt):
+    with Server([reply(PLAIN)]) as server:
+        run = command(
+            "-m", "m", "-u", server.url, *prompt, input="from stdin é".encode()
+        )
+    assert run.returncode == 0
+    assert server.requests[0].json["messages"][0]["content"] == "from stdin é"
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["x"], "CHATSTREAM_MODEL"),
+        (["-m", "m", "--key-env", "NOT_SET_ANYWHERE", "x"], "NOT_SET_ANYWHERE"),
+        (["-m", "m", "-p", "nobody", "x"], "nobody"),
+        (["-m", "m", "-u", "nonsense", "x"], "base_url"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_cli_wrong_arguments(args, text):
+    run = command(*args)
+    assert run.returncode == 2
+    assert text in run.stderr.decode()
+    assert b"Traceback" not in run.stderr
+
+
+def test_cli_missing_key_says_what_to_do(capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert cs._main(["-m", "m", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "OPENAI_API_KEY" in err
+    assert "https://platform.openai.com/api-keys" in err
+
+
+def test_cli_closed_pipe_is_quiet():
+    body = sse(*[C("word\n" * 2000) for _ in range(200)], STOP, DONE)
+    with Server([reply(body)]) as server:
+        child = subprocess.Popen(
+            [sys.executable, "chatstream.py", "-m", "m", "-u", server.url, "x"],
+            cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        child.stdout.readline()
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        child.stderr.close()
+        child.wait(PATIENCE)
+
+
+def test_cli_closed_pipe_in_process(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with Server([reply(PLAIN)]) as server, open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert cs._main(["-m", "m", "-u", server.url, "x"]) == 0
+
+
+def test_cli_ascii_terminal():
+    with Server([reply(sse(C("é😀"), STOP, DONE))]) as server:
+        run = command(
+            "-m", "m", "-u", server.url, "x", env={"PYTHONIOENCODING": "ascii"}
+        )
+    assert (run.returncode, run.stdout) == (0, b"??\n")
+
+
+def test_cli_interrupt():
+    with Server([UNFINISHED, HOLD]) as server:
+        child = subprocess.Popen(
+            [sys.executable, "chatstream.py", "-m", "m", "-u", server.url, "x"],
+            cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        with child:
+            child.stdout.read(1)
+            child.send_signal(signal.SIGINT)
+            assert child.wait(PATIENCE) == 130
+            assert b"Traceback" not in child.stderr.read()
+
+
+def test_cli_interrupt_in_process(monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cs, "stream", interrupt)
+    assert cs._main(["-m", "m", "x"]) == 130
+
+
+def test_cli_demo_in_process(capsys, monkeypatch):
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert cs._main(["--demo", "hello"]) == 0
+    assert "hello" in capsys.readouterr().out
+
+
+def test_cli_help_fits_one_screen(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cs._main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 40
+    assert "--demo" in text
