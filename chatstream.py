@@ -839,7 +839,9 @@ def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[st
 
 
 def _without_secrets(value: Any, secrets: tuple[str, ...]) -> Any:
+    """The same value, fit to be shown: without secrets, and valid Unicode."""
     if isinstance(value, str):
+        value = _replace_surrogates(value)
         for secret in secrets:
             value = value.replace(secret, "***")
     elif isinstance(value, (list, tuple)):
@@ -2028,7 +2030,8 @@ def _find_call(choice: _Choice, index: Any, id: str, name: str) -> _Call:
 
     By its index; without one (older Mistral, Gemini, Ollama) by its id, or else the last
     one unless a name begins another. Ollama, Cerebras and Gemini send whole calls that
-    all have index 0: there a new id with a new name is a new call.
+    all have index 0: there a name with a new id is a new call; so is another name without
+    an id after arguments (LiteLLM for Ollama).
     """
     calls, pointers = choice.calls, choice.pointers
     call: _Call | None
@@ -2039,7 +2042,11 @@ def _find_call(choice: _Choice, index: Any, id: str, name: str) -> _Call:
         call = next((c for c in calls if id and c.id == id), None)
         if call is None and calls and not name:
             call = calls[-1]
-    if call is None or id and id != call.id and name and call.name:
+    if call is not None and name and call.name:
+        renamed = call.has_arguments and name != call.name
+        if (id != call.id) if id else renamed:
+            call = None
+    if call is None:
         call = _Call(len(calls))
         calls.append(call)
         if index is not None:
@@ -2236,7 +2243,9 @@ class _Draft:
             finish_reason=finish_reason,
             choice=self.choice,
             extra={
-                name: value.getvalue() if isinstance(value, io.StringIO) else value
+                name: _replace_surrogates(value.getvalue())
+                if isinstance(value, io.StringIO)
+                else value
                 for name, value in self.extra.items()
             },
         )
