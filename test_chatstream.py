@@ -18,6 +18,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -2572,3 +2573,95 @@ def test_cli_help_fits_one_screen(capsys):
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 40
     assert "--demo" in text
+
+
+# --------------------------------------------------------------------------------------
+# The README
+# --------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def readme_answer(request):
+    """What a model might say to the README's questions."""
+    last = request["messages"][-1]
+    if "tools" in request and last["role"] == "user":
+        call = tool(0, "call_1", "add", '{"a": 17, "b": 25}')
+        return [call, C(finish="tool_calls"), DONE]
+    if last["role"] == "tool":
+        return [C(last["content"]), STOP, DONE]
+    if "response_format" in request:
+        return [C('{"sky": "blue"}'), STOP, DONE]
+    words = re.findall(r"\s*\S+", "Because air scatters blue light more than red.\n")
+    thought = (
+        C(delta={"reasoning_content": "hm"}) if "reasoner" in request["model"] else C()
+    )
+    return [thought, *[C(word) for word in words], {**STOP, "usage": USAGE}, DONE]
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_readme_examples_run(number, monkeypatch, capsys):
+    code = EXAMPLES[number]
+    if "urllib3" in code and not urllib3:
+        pytest.skip("urllib3 is not installed")
+    for provider in cs.PROVIDERS.values():
+        monkeypatch.setenv(provider.env_key or "NOT_NEEDED", KEY)
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("MY_KEY", KEY)
+
+    def answer(sock, file):
+        sock.sendall(reply(sse(*readme_answer(server.requests[-1].json))))
+
+    with Server([answer]) as server:
+        for name, provider in list(cs.PROVIDERS.items()):
+            local = dataclasses.replace(provider, base_url=server.url)
+            monkeypatch.setitem(cs.PROVIDERS, name, local)
+        code = re.sub(
+            r"https?://[\w.]+\.(com|test)|http://localhost:\d+", server.origin, code
+        )
+        exec(compile(code, f"README.md, example {number}", "exec"), {})
+        assert server.requests
+    if number == 0:
+        shown = re.search(r"```text\n(.*?)```", README, re.DOTALL)[1]
+        assert capsys.readouterr().out.strip() == shown.strip()
+
+
+def test_readme_names_everything():
+    for name in set(cs.__all__) - {"__version__", "stream", "aggregate"}:
+        assert f"`{name}" in README, name
+    options = cs.stream.__code__.co_varnames[: cs.stream.__code__.co_argcount + 15]
+    for name in [*options[:15], "**params"]:
+        assert f"| `{name}` |" in README, name
+    for name, default in cs.stream.__kwdefaults__.items():
+        shown = f"{default:g}" if isinstance(default, float) else default
+        assert f"| `{name}` | {shown} |" in README, name
+    for value in [*DELTAS, MESSAGES[0], USED]:
+        for member in dataclasses.fields(value):
+            assert f"`{member.name}`" in README, member.name
+    for failure in ERRORS:
+        for member in type(failure).__annotations__:
+            assert f"`.{member}`" in README, member
+
+
+def test_readme_lists_the_providers():
+    for provider in cs.PROVIDERS.values():
+        key = f"`{provider.env_key}` " if provider.env_key else ""
+        assert f"| `{provider.name}` | `{provider.base_url}` | {key}|" in README
+    rows = re.findall(r"^\| `\w+` \| `https?://", README, re.MULTILINE)
+    assert len(rows) == len(cs.PROVIDERS)
+
+
+def test_readme_changelog_names_this_version():
+    assert f"- **{cs.__version__}**" in README
+    header = pathlib.Path(cs.__file__).read_text(encoding="utf-8").splitlines()[0]
+    assert cs.__version__ in header
+
+
+def test_the_licence_is_in_the_file():
+    def words(text):
+        return re.sub(r"^#", "", text, flags=re.MULTILINE).split()
+
+    licence = words((HERE / "LICENSE").read_text(encoding="utf-8"))
+    module = words(pathlib.Path(cs.__file__).read_text(encoding="utf-8"))
+    assert module[-len(licence) :] == licence
