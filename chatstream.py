@@ -48,7 +48,6 @@ http.client does, one connection a call. Logger: "chatstream".
 
 from __future__ import annotations
 
-import base64
 import io
 import itertools
 import json
@@ -66,7 +65,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 from urllib.parse import quote, unquote, urlsplit
 
 # http.client, ssl and urllib3 are imported by the first request: together they would be
@@ -440,52 +439,25 @@ class Provider:
     headers: dict[str, str] = field(default_factory=dict, repr=False)
 
 
+# fmt: off
 #: The built-in providers by name, checked against their documentation in 2026-11.
 PROVIDERS: dict[str, Provider] = {
     name: Provider(name, base_url, env_key, keys and f"Get a key at {keys}")
     for name, base_url, env_key, keys in [
-        (
-            "openai",
-            "https://api.openai.com/v1",
-            "OPENAI_API_KEY",
-            "https://platform.openai.com/api-keys",
-        ),
-        (
-            "openrouter",
-            "https://openrouter.ai/api/v1",
-            "OPENROUTER_API_KEY",
-            "https://openrouter.ai/settings/keys",
-        ),
-        (
-            "groq",
-            "https://api.groq.com/openai/v1",
-            "GROQ_API_KEY",
-            "https://console.groq.com/keys",
-        ),
-        (
-            "mistral",
-            "https://api.mistral.ai/v1",
-            "MISTRAL_API_KEY",
-            "https://console.mistral.ai/api-keys",
-        ),
-        (
-            "deepseek",
-            "https://api.deepseek.com",
-            "DEEPSEEK_API_KEY",
-            "https://platform.deepseek.com/api_keys",
-        ),
-        (
-            "gemini",
-            "https://generativelanguage.googleapis.com/v1beta/openai",
-            "GEMINI_API_KEY",
-            "https://aistudio.google.com/apikey",
-        ),
+        ("openai", "https://api.openai.com/v1", "OPENAI_API_KEY", "https://platform.openai.com/api-keys"),
+        ("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "https://openrouter.ai/settings/keys"),
+        ("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", "https://console.groq.com/keys"),
+        ("mistral", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "https://console.mistral.ai/api-keys"),
+        ("deepseek", "https://api.deepseek.com", "DEEPSEEK_API_KEY", "https://platform.deepseek.com/api_keys"),
+        ("gemini", "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY",
+         "https://aistudio.google.com/apikey"),
         ("ollama", "http://localhost:11434/v1", None, None),
         ("lmstudio", "http://localhost:1234/v1", None, None),
         ("llamacpp", "http://localhost:8080/v1", None, None),
         ("vllm", "http://localhost:8000/v1", None, None),
     ]
 }
+# fmt: on
 
 
 # --------------------------------------------------------------------------------------
@@ -570,7 +542,11 @@ def stream(
         raise TypeError(f"max_retries: expected an int, got {max_retries!r}")
     if max_retries < 0:
         raise ValueError(f"max_retries: expected 0 or more, got {max_retries!r}")
-    if pool is not None and not hasattr(pool, "connection_from_url"):
+    if pool is not None and (
+        isinstance(pool, type)
+        or not hasattr(pool, "connection_from_url")
+        or not hasattr(pool, "urlopen")
+    ):
         raise TypeError(
             f"pool: expected a urllib3 PoolManager, got a {type(pool).__name__}"
         )
@@ -589,7 +565,9 @@ def stream(
             strict=bool(strict),
             raw=bool(raw),
             pool=pool,
-            secrets=_find_secrets(key, sent_headers, target),
+            secrets=_find_secrets(
+                key, {**(getattr(pool, "headers", None) or {}), **sent_headers}, target
+            ),
         )
     )
 
@@ -609,7 +587,9 @@ def aggregate(
 
     Raises what `events` raises; a ChatStreamError gets the messages so far as .partial.
     """
-    return _aggregate(iter(events), deltas)
+    messages = _aggregate(iter(events), deltas)
+    next(messages)  # into its `try`, so that closing it closes `events` from now on
+    return messages
 
 
 # --------------------------------------------------------------------------------------
@@ -617,9 +597,8 @@ def aggregate(
 # --------------------------------------------------------------------------------------
 
 
-@dataclass(repr=False)
 class _Request:
-    """All that a try needs. No repr: it holds the key."""
+    """All that a try needs. No dataclass: a repr would show the key."""
 
     scheme: str
     host: str
@@ -635,6 +614,9 @@ class _Request:
     raw: bool
     pool: Any
     secrets: tuple[str, ...]
+
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(fields)
 
     @property
     def origin(self) -> str:
@@ -666,7 +648,9 @@ def _choose_provider(provider: str | Provider | None, base_url: str | None) -> P
     elsewhere = os.environ.get("OPENAI_BASE_URL", "").strip()
     if not elsewhere:
         return openai
-    key_name = openai.env_key if os.environ.get(openai.env_key or "") else None
+    key_name = openai.env_key
+    if not os.environ.get(key_name or "", "").strip():
+        key_name = None
     return Provider("openai", elsewhere, key_name)
 
 
@@ -704,10 +688,14 @@ def _check_headers(what: str, headers: Any) -> Mapping[str, str]:
     if not isinstance(headers, Mapping):
         raise TypeError(f"{what}: expected a mapping, got a {type(headers).__name__}")
     for name, value in headers.items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise TypeError(f"{what}: expected str names and str values, at {name!r}")
+        if not isinstance(name, str):
+            raise TypeError(f"{what}: expected str names, got a {type(name).__name__}")
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
             raise ValueError(f"{what}: not a header name, or with a line break in it")
+        if not isinstance(value, str):
+            raise TypeError(
+                f"{what}[{name!r}]: expected a str, got {type(value).__name__}"
+            )
         if name.lower() in ("content-length", "transfer-encoding"):
             raise ValueError(f"{what}: {name} follows from the body, do not set it")
         _check_header_value(f"{what}[{name!r}]", value)
@@ -715,12 +703,16 @@ def _check_headers(what: str, headers: Any) -> Mapping[str, str]:
 
 
 def _merge_headers(*layers: Mapping[str, str]) -> dict[str, str]:
-    """Later layers replace earlier ones, whatever the case (RFC 9110, 5.1)."""
-    merged: dict[str, tuple[str, str]] = {}
+    """Later layers replace earlier ones, whatever the case (RFC 9110, 5.1).
+
+    The first spelling stays: urllib3's ProxyManager adds Accept and Host by theirs.
+    """
+    spelling = {"host": "Host"}
+    merged: dict[str, str] = {}
     for layer in layers:
         for name, value in layer.items():
-            merged[name.lower()] = (name, value)
-    return dict(merged.values())
+            merged[spelling.setdefault(name.lower(), name)] = value
+    return merged
 
 
 def _split_url(base_url: Any) -> tuple[str, str, int, str]:
@@ -728,18 +720,22 @@ def _split_url(base_url: Any) -> tuple[str, str, int, str]:
     if not isinstance(base_url, str):
         raise TypeError(f"base_url: expected a str, got a {type(base_url).__name__}")
     wanted = "base_url: expected http(s)://host[:port][/path][?query]"
+    shown = re.split("[?#]", base_url)[0]
+    if "@" in re.split("[?#]", base_url)[0].partition("//")[2].partition("/")[0]:
+        raise ValueError(f"{wanted}, without user:password@; use headers= or api_key=")
+    if "@" in base_url:
+        shown = "a URL with @ in it"
     try:
         url = urlsplit(base_url.strip())
         host, port = url.hostname, url.port
         host = host and host.encode("idna").decode("ascii")
-    except ValueError as error:
-        raise ValueError(f"{wanted}: {error}") from None
-    if "@" in url.netloc:
-        raise ValueError(f"{wanted}, without user:password@; use headers= or api_key=")
-    shown = base_url.partition("?")[0]
+    except ValueError:
+        raise ValueError(
+            f"{wanted}, with a valid host and port; got {shown!r}"
+        ) from None
     if url.scheme not in ("http", "https") or not host:
         raise ValueError(f"{wanted}, got {shown!r}")
-    if re.search(r"[\x00-\x20\x7f]", base_url.strip()) or url.fragment or port == 0:
+    if re.search(r"[\x00-\x20\x7f]", base_url.strip()) or "#" in base_url or port == 0:
         raise ValueError(f"{wanted}, no blanks and no #fragment; got {shown!r}")
     safe = "/%:@!$&'()*+,;=-._~"
     target = quote(url.path.rstrip("/"), safe=safe) + "/chat/completions"
@@ -838,25 +834,35 @@ def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[st
     return tuple(sorted({s for s in found if len(s) >= 6}, key=len, reverse=True))
 
 
-def _without_secrets(value: Any, secrets: tuple[str, ...]) -> Any:
+def _presentable(value: Any, secrets: tuple[str, ...], depth: int = 0) -> Any:
     """The same value, fit to be shown: without secrets, and valid Unicode."""
     if isinstance(value, str):
         value = _replace_surrogates(value)
         for secret in secrets:
             value = value.replace(secret, "***")
+    elif isinstance(value, (list, tuple, dict)) and depth > 50:
+        value = "..."
     elif isinstance(value, (list, tuple)):
-        value = type(value)(_without_secrets(item, secrets) for item in value)
+        value = type(value)(_presentable(item, secrets, depth + 1) for item in value)
     elif isinstance(value, dict):
         value = {
-            _without_secrets(k, secrets): _without_secrets(v, secrets)
-            for k, v in value.items()
+            _presentable(key, secrets): _presentable(item, secrets, depth + 1)
+            for key, item in value.items()
         }
     return value
 
 
-def _hide_secrets(error: ChatStreamError, secrets: tuple[str, ...]) -> None:
-    error.args = _without_secrets(error.args, secrets)
-    vars(error).update(_without_secrets(vars(error), secrets))
+def _make_presentable(
+    error: ChatStreamError, cause: BaseException | None, secrets: tuple[str, ...]
+) -> None:
+    """One line of text, and no secret in any field or in the causes."""
+    vars(error).update(_presentable(vars(error), secrets))
+    error.args = (" ".join(_presentable(str(error), secrets).split()),)
+    while cause is not None:
+        if any(secret in repr((cause.args, vars(cause))) for secret in secrets):
+            cause.args = _presentable(cause.args, secrets)
+            vars(cause).update(_presentable(vars(cause), secrets))
+        cause = cause.__cause__ or cause.__context__
 
 
 # --------------------------------------------------------------------------------------
@@ -924,11 +930,11 @@ def _attempt(request: _Request) -> Generator[Event, None, None]:
         yield from _answer(request, reply, request_id)
     except _Retryable as failed:
         failed.error.request_id = request_id
-        _hide_secrets(failed.error, request.secrets)
+        _make_presentable(failed.error, failed.__cause__, request.secrets)
         raise
     except ChatStreamError as error:
         error.request_id = request_id
-        _hide_secrets(error, request.secrets)
+        _make_presentable(error, error.__cause__, request.secrets)
         raise
     finally:
         if reply is not None:
@@ -1005,8 +1011,8 @@ def _raise_status(request: _Request, reply: _Reply) -> None:
         message, code, kind = _describe_error(parsed)
     text = f"HTTP {status} from {request.public_url}: {message or response.reason}"
     if 300 <= status < 400:
-        location = headers.get("location", "").partition("?")[0]
-        location = re.sub("//[^/]*@", "//", location)  # user:password
+        location = re.split("[?#]", headers.get("location", ""))[0]
+        location = re.sub("//.*@", "//", location)  # user:password
         text += f" (redirects are not followed; Location: {location})"
     wait = _retry_after(headers)
     fields = {
@@ -1110,7 +1116,7 @@ def _find_request_id(headers: Any) -> str:
 def _parse_json(text: str) -> Any:
     """-> the JSON value; None if the text is none (or null)."""
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return None
 
@@ -1186,18 +1192,24 @@ class _Reply:
     """
 
     def __init__(
-        self, response: Any, sock: Any, release: Callable[[bool], None]
+        self,
+        response: Any,
+        sock: Any,
+        release: Callable[[bool], None],
+        errors: tuple[type[Exception], ...] = (),
     ) -> None:
         self.response = response
+        self.errors = errors  # what reading may raise besides http.client's
         self.sock = sock
         self.complete = False
+        self.framing = _Framing(response)
         self._release = release
 
     def drain(self, blocks: Iterator[bytes]) -> None:
         """After [DONE]: read the end of the body if it is about to come."""
         if self.sock is None or self.complete:
             return
-        deadline = time.monotonic() + _GRACE_SECONDS
+        self.framing.deadline = deadline = time.monotonic() + _GRACE_SECONDS
         self.sock.settimeout(_GRACE_SECONDS)
         for _ in blocks:
             if time.monotonic() > deadline:
@@ -1207,6 +1219,50 @@ class _Reply:
         """Keep the connection for the next call if the body is read, else close it."""
         self.response.close()
         self._release(self.complete)
+
+
+class _Framing:
+    """Between http.client and its file: sees the lines around the chunks of a body.
+
+    http.client takes an end of the connection for the end of the body once it has seen a
+    chunk size that begins with 0; and reads trailers for as long as they come.
+    """
+
+    def __init__(self, response: Any) -> None:
+        self.last_line: bytes = b""
+        self.deadline: float | None = None
+        file: Any = getattr(response, "fp", None)
+        self.chunked = file is not None and response.chunked is True
+        if self.chunked:
+            self.read, self.read1, self.close = file.read, file.read1, file.close
+            self.flush, self.fileno = file.flush, file.fileno
+            self._readline = file.readline
+            response.fp = self
+
+    def readline(self, limit: int = -1) -> bytes:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OSError("the body does not end")
+        self.last_line = self._readline(limit)
+        return self.last_line
+
+    @property
+    def ended(self) -> bool:
+        """RFC 9112, 7.1: the last chunk and the trailers end with an empty line."""
+        return not self.chunked or self.last_line in (b"\r\n", b"\n")
+
+
+class _Upload(io.BytesIO):
+    """The request's body, sent from a file so that each block has a timeout of its own.
+
+    Tells how far we got: before its first block we were still connecting.
+    """
+
+    sent = False
+
+    def read(self, size: int | None = -1) -> bytes:
+        block = super().read(size)
+        self.sent = not block
+        return block
 
 
 def _open(request: _Request) -> _Reply:
@@ -1220,9 +1276,7 @@ def _open(request: _Request) -> _Reply:
         urllib3 = None
     errors = (urllib3.exceptions.HTTPError,) if urllib3 else ()
 
-    # Sent from a file so that each block of it has a timeout of its own, and so that it
-    # can be seen how far we got: before the first block we were still connecting.
-    body = io.BytesIO(request.body)
+    body = _Upload(request.body)
     try:
         if urllib3:
             return _open_pooled(urllib3, request, body)
@@ -1230,7 +1284,7 @@ def _open(request: _Request) -> _Reply:
     except (OSError, http.client.HTTPException, ValueError, *errors) as error:
         cause = _root_cause(error)
     text = f"{request.public_url}: {str(cause) or type(cause).__name__}"
-    if isinstance(cause, socket.timeout) and body.tell() == len(request.body):
+    if isinstance(cause, socket.timeout) and body.sent:
         raise _idle_timeout(request.idle_timeout, "before the headers") from cause
     if isinstance(cause, socket.timeout) and body.tell():
         raise TransportError(f"{text} while sending the request") from cause
@@ -1242,9 +1296,12 @@ def _open(request: _Request) -> _Reply:
 
 def _root_cause(error: BaseException) -> BaseException:
     """The error of the socket inside those that urllib3 puts around it."""
-    while not isinstance(error, OSError):
+    import http.client
+
+    while not isinstance(error, (OSError, http.client.HTTPException)):
         inner = [item for item in error.args if isinstance(item, Exception)]
-        found = (*inner, error.__cause__, error.__context__)
+        context = None if error.__suppress_context__ else error.__context__
+        found = (*inner, error.__cause__, context)
         deeper = next((item for item in found if item is not None), None)
         if deeper is None:
             break
@@ -1252,7 +1309,7 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _open_pooled(urllib3: Any, request: _Request, body: io.BytesIO) -> _Reply:
+def _open_pooled(urllib3: Any, request: _Request, body: _Upload) -> _Reply:
     """On urllib3, whose response keeps the http.client.HTTPResponse that we read."""
     pool = request.pool
     if pool is None:
@@ -1284,27 +1341,44 @@ def _open_pooled(urllib3: Any, request: _Request, body: io.BytesIO) -> _Reply:
         answer.release_conn()
 
     connection = answer.connection
-    return _Reply(response, connection and connection.sock, release)
+    errors = (urllib3.exceptions.HTTPError,)
+    return _Reply(response, connection and connection.sock, release, errors)
 
 
 @lru_cache(maxsize=16)
 def _shared_pool(urllib3: Any, proxy: _Proxy | None, tls: Any) -> Any:
     """One pool for all calls with the same proxy and certificates."""
     options: dict[str, Any] = {"maxsize": _POOL_SIZE}
-    if tls is not None:
+    if tls is not None and not urllib3.__version__.startswith("1."):
+        # 1.26 gives no host name to a context that wants one, where it is an IP address;
+        # with a context of its own it makes the same checks itself.
         options["ssl_context"] = _tls_context(tls)
+        if proxy is not None and proxy.scheme == "https":
+            options["proxy_ssl_context"] = options["ssl_context"]
+    for name in ("urllib3.connectionpool", "urllib3.connection"):
+        logging.getLogger(name).addFilter(_hide_query)
     if proxy is None:
         return urllib3.PoolManager(**options)
-    if proxy.scheme == "https":
-        options["proxy_ssl_context"] = options["ssl_context"]
     return urllib3.ProxyManager(proxy.url, proxy_headers=dict(proxy.headers), **options)
+
+
+def _hide_query(record: logging.LogRecord) -> bool:
+    """urllib3 logs the target of a request whole; its query may hold a key (Gemini)."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            re.sub(r"(/chat/completions)\?\S*", r"\1", arg)
+            if isinstance(arg, str)
+            else arg
+            for arg in record.args
+        )
+    return True
 
 
 if hasattr(os, "register_at_fork"):  # a forked child must not write to our connections
     os.register_at_fork(after_in_child=_shared_pool.cache_clear)
 
 
-def _open_plain(request: _Request, body: io.BytesIO) -> _Reply:
+def _open_plain(request: _Request, body: _Upload) -> _Reply:
     """On http.client: one connection a call."""
     import http.client
 
@@ -1347,12 +1421,11 @@ def _open_plain(request: _Request, body: io.BytesIO) -> _Reply:
     return _Reply(response, None, lambda complete: connection.close())
 
 
-@dataclass(frozen=True)
-class _Proxy:
+class _Proxy(NamedTuple):
     scheme: str
     host: str
     port: int
-    headers: tuple[tuple[str, str], ...] = field(repr=False)
+    headers: tuple[tuple[str, str], ...]
 
     @property
     def url(self) -> str:
@@ -1363,6 +1436,7 @@ def _find_proxy(request: _Request) -> _Proxy | None:
     """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, as urllib.request reads them."""
     if not any(name.lower().endswith("_proxy") for name in os.environ):
         return None  # spares the import
+    from base64 import b64encode
     from urllib.request import (  # type: ignore[attr-defined]
         getproxies_environment,
         proxy_bypass_environment,
@@ -1375,6 +1449,11 @@ def _find_proxy(request: _Request) -> _Proxy | None:
     ):
         return None
     url = urlsplit(value if "://" in value else "http://" + value)
+    port: int | None = -1
+    with suppress(ValueError):
+        port = url.port
+    if port == -1:
+        raise TransportError("the proxy in the environment has a bad port")
     if url.scheme not in ("http", "https") or not url.hostname:
         raise TransportError(
             f"the environment asks for a {url.scheme}:// proxy; http:// and https:// are "
@@ -1383,10 +1462,10 @@ def _find_proxy(request: _Request) -> _Proxy | None:
     headers: tuple[tuple[str, str], ...] = ()
     if url.username is not None:
         credentials = f"{unquote(url.username)}:{unquote(url.password or '')}".encode()
-        token = base64.b64encode(credentials).decode()
+        token = b64encode(credentials).decode()
+        request.secrets += (token, unquote(url.password or "") or token)
         headers = (("Proxy-Authorization", f"Basic {token}"),)
-    port = url.port or _DEFAULT_PORTS[url.scheme]
-    return _Proxy(url.scheme, url.hostname, port, headers)
+    return _Proxy(url.scheme, url.hostname, port or _DEFAULT_PORTS[url.scheme], headers)
 
 
 def _tls_settings(request: _Request, proxy: _Proxy | None) -> Any:
@@ -1482,6 +1561,12 @@ def _read_blocks(
     import http.client
 
     response = reply.response
+    errors: tuple[type[Exception], ...] = (
+        *reply.errors,
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+    )
     chunked = getattr(response, "chunked", False) is True
     read1, monotonic = response.read1, time.monotonic
     quiet = 0.0  # seconds spent waiting since the last chunk
@@ -1489,12 +1574,12 @@ def _read_blocks(
         started = monotonic()
         try:
             block = read1(_BLOCK_SIZE)
-        except socket.timeout as error:
-            state.fault = _idle_timeout(idle_timeout, "between two reads")
-            state.fault.__cause__ = error
-            return
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            state.fault = _cut(str(error) or type(error).__name__, error)
+        except errors as error:
+            cause = _root_cause(error)
+            state.fault = _cut(str(cause) or type(cause).__name__)
+            if isinstance(cause, socket.timeout):
+                state.fault = _idle_timeout(idle_timeout, "between two reads")
+            state.fault.__cause__ = cause
             return
         if chunked and (response.chunk_left or 0) < 0:
             state.fault = _cut("negative chunk size")  # int() lets it pass
@@ -1503,6 +1588,8 @@ def _read_blocks(
             missing = getattr(response, "length", 0)
             if missing:
                 state.fault = _cut(f"{missing} bytes short of its Content-Length")
+            elif not reply.framing.ended:
+                state.fault = _cut("without its last chunk")
             else:
                 reply.complete = True
             return
@@ -1528,10 +1615,8 @@ def _idle_timeout(seconds: float | None, where: str) -> IdleTimeoutError:
     )
 
 
-def _cut(how: str, cause: BaseException | None = None) -> TruncatedStreamError:
-    error = TruncatedStreamError(f"the answer was cut: {how}")
-    error.__cause__ = cause
-    return error
+def _cut(how: str) -> TruncatedStreamError:
+    return TruncatedStreamError(f"the answer was cut: {how}")
 
 
 def _decompress(
@@ -1594,8 +1679,8 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     A line is searched for its end only where it is new, and joined once: a large event
     in small reads stays linear.
     """
-    unfinished: list[bytes] = []
-    size = 0
+    unfinished: list[bytes] = []  # pieces of the last line
+    size = 0  # of them together
     after_cr = False
     bom = b"\xef\xbb\xbf"  # of the first line only
     for block in blocks:
@@ -1605,21 +1690,23 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         if b"\r" in block:
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = block.split(b"\n")
-        size += len(lines[0])
-        if size > _MAX_EVENT:
-            raise StreamError(f"a line of more than {_MAX_EVENT} bytes")
-        unfinished.append(lines[0])
-        if len(lines) > 1:
-            lines[0] = b"".join(unfinished)
+        last = lines.pop()
+        if lines:
+            if unfinished:
+                lines[0] = b"".join(unfinished) + lines[0]
+                unfinished = []
+                size = 0
             if bom:
                 lines[0] = lines[0][3:] if lines[0].startswith(bom) else lines[0]
                 bom = b""
-            unfinished = [lines.pop()]
-            size = len(unfinished[0])
             yield from lines
-    last = b"".join(unfinished)
-    if last:
-        yield last[3:] if bom and last.startswith(bom) else last
+        if last:
+            size += len(last)
+            _check_size(size)
+            unfinished.append(last)
+    if unfinished:
+        line = b"".join(unfinished)
+        yield line[3:] if bom and line.startswith(bom) else line
 
 
 #: What _split_events() finds: an event's data; an error's; [DONE]; a body that is not
@@ -1694,12 +1781,14 @@ def _check_size(size: int) -> None:
 def _read_events(
     sse_events: Iterable[tuple[str, bytes]], state: _State
 ) -> Iterator[Event]:
-    template = _Template()
+    match: _Matcher = _match_nothing
+    unused = 0  # matchers in a row that never matched
     events: list[Event]
     for kind, data in sse_events:
-        event = template.match(data) if kind is _DATA else None
-        if event is not None:
+        event = match(data)
+        if event is not None and kind is _DATA:
             state.progress = True
+            unused = 0
             yield event
             continue
         if kind is _DONE:
@@ -1708,6 +1797,7 @@ def _read_events(
         if kind is _ERROR:
             yield from _flush_halves(state)
             raise _server_error(data.strip())
+        match = _match_nothing
         for chunk in _parse_chunks(kind, data, state):
             state.progress = True
             if state.raw:
@@ -1718,10 +1808,9 @@ def _read_events(
             if _is_error(chunk):
                 yield from _flush_halves(state)
                 raise _server_error(data, chunk)
-            if not state.raw and not state.halves:
-                template.learn(data, chunk, events)
-            else:
-                template.forget()
+            if unused < _PATIENCE and not state.raw and not state.halves:
+                match = _learn(data, chunk, events)
+                unused += match is not _match_nothing
     yield from _flush_halves(state)
     if state.skipped:
         _log.warning(
@@ -1729,7 +1818,8 @@ def _read_events(
         )
 
 
-_parse_json_at = json.JSONDecoder().raw_decode
+#: Not strict: control characters may stand in a string as they are (VT, FF).
+_parse_json_at = json.JSONDecoder(strict=False).raw_decode
 
 
 def _parse_object(data: bytes) -> dict[str, Any] | None:
@@ -1745,10 +1835,14 @@ def _parse_object(data: bytes) -> dict[str, Any] | None:
 def _parse_chunks(kind: str, data: bytes, state: _State) -> Iterator[dict[str, Any]]:
     """The JSON objects in an SSE event, or in a body that is none."""
     chunk = _parse_object(data)
-    if chunk is not None:
+    if kind is not _DATA:
+        if chunk is not None and ("choices" in chunk or _is_error(chunk)):
+            yield chunk
+        elif data.strip() and state.fault is None:
+            _refuse_body(kind, data, state.content_type)
+    elif chunk is not None:
         yield chunk
-        return
-    if kind is _DATA:
+    else:
         for line in data.split(b"\n"):  # several events without blank lines between
             chunk = _parse_object(line)
             if chunk is not None:
@@ -1757,20 +1851,17 @@ def _parse_chunks(kind: str, data: bytes, state: _State) -> Iterator[dict[str, A
                 state.skipped += 1
                 if state.strict:
                     text = line.decode("utf-8", "replace")
-                    raise MalformedChunkError(
-                        f"expected a JSON object after data:, got {text[:200]!r}",
-                        data=text,
-                    )
-    elif state.fault is None and data.strip():
-        text = data.decode("utf-8", "replace").strip()
-        chunk = _first_dict(_parse_json(text))
-        if _is_error(chunk):  # Gemini: [{"error": ...}]
-            yield chunk
-        elif kind is _BODY:
-            raise StreamError(
-                f"expected an event stream, got {state.content_type or 'no content type'!r}: "
-                f"{text[:200]!r}"
-            )
+                    shown = f"expected a JSON object after data:, got {text[:200]!r}"
+                    raise MalformedChunkError(shown, data=text)
+
+
+def _refuse_body(kind: str, data: bytes, content_type: str) -> None:
+    text = data.decode("utf-8", "replace").strip()
+    if _is_error(_first_dict(_parse_json(text))):  # Gemini: [{"error": ...}]
+        raise _server_error(data)
+    if kind is _BODY:
+        shown = content_type or "no content type"
+        raise StreamError(f"expected an event stream, got {shown!r}: {text[:200]!r}")
 
 
 def _is_error(chunk: dict[str, Any]) -> bool:
@@ -1835,7 +1926,7 @@ def _read_choice(
         choice = state.choices[index] = _Choice(index)
     before = len(events)
     delta = data.get("delta")
-    if isinstance(delta, dict):
+    if delta and isinstance(delta, dict):
         _read_delta(state, choice, delta, events)
     elif isinstance(data.get("message"), dict) and not choice.streamed:
         # An answer in one piece: MiniMax's summary, or a server that ignores stream:true.
@@ -1869,9 +1960,9 @@ def _read_usage(state: _State, data: Any) -> None:
 
 def _count(data: dict[str, Any], name: str) -> int:
     value = data.get(name)
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if isinstance(value, float) and math.isfinite(value):
         return int(value)
-    return 0
+    return value if type(value) is int else 0
 
 
 def _read_delta(
@@ -2003,7 +2094,7 @@ def _read_call(
     call.id = call.id or id
     call.name = call.name or name
     arguments = function.get("arguments")
-    if arguments and isinstance(arguments, (dict, list)):  # Writer, early llama.cpp
+    if isinstance(arguments, (dict, list)):  # Writer, early llama.cpp
         arguments = (
             "" if call.has_arguments else json.dumps(arguments, ensure_ascii=False)
         )
@@ -2059,88 +2150,93 @@ def _find_call(choice: _Choice, index: Any, id: str, name: str) -> _Call:
 # --------------------------------------------------------------------------------------
 
 
-class _Template:
-    """The last chunk, cut around the one string that makes its event.
+# Most chunks are the chunk before with another string in them. Once that is proven for a
+# chunk, those that follow need no JSON parser: data with the same bytes around a valid
+# string literal is the same JSON but for that string, and so gives the same event but for
+# its text. Any chunk that is read in full ends the use of the matcher, so that between
+# learning and matching nothing has changed; and none is learned from a chunk whose second
+# reading would differ from its first.
 
-    Most chunks are the chunk before with another string in them. Once that is proven for
-    a chunk, those that follow need no JSON parser: a line with the same bytes around a
-    valid string literal is the same JSON but for that string, and so gives the same
-    event but for its text: any chunk that is read in full replaces the template, so
-    that between learning and matching nothing has changed, and none is learned whose
-    second reading would differ from its first.
-    """
+#: The event of a chunk, if it is like the chunk learned from; else None.
+_Matcher = Callable[[bytes], Optional[Event]]
 
-    #: Members that OpenAI and others fill with random letters, against eavesdroppers.
-    PADDING = ("obfuscation", "p")
+#: After so many matchers in a row that never matched, no more are learned.
+_PATIENCE = 8
 
-    #: Templates in a row that never matched, after which no more are learned.
-    PATIENCE = 8
+#: Members that OpenAI and others fill with random letters, against eavesdroppers.
+_PADDING = ("obfuscation", "p")
 
-    def __init__(self) -> None:
-        self.forget()
-        self.unused = 0
+#: Letters, digits, _ and -: no escape, so that it is a literal as it is.
+_is_plain = re.compile(rb"[\w-]+").fullmatch
 
-    def forget(self) -> None:
-        self.make: Callable[[str], Event] | None = None
 
-    def match(self, data: bytes) -> Event | None:
-        """The event of this chunk, if it is the template with another string."""
-        if (
-            self.make is None
-            or not data.startswith(self.head)
-            or not data.endswith(self.tail)
-        ):
+def _match_nothing(data: bytes) -> Event | None:
+    return None
+
+
+def _make_matcher(
+    head: bytes, middle: bytes, tail: bytes, make: Callable[[str], Event]
+) -> _Matcher:
+    """Match head + string + tail, or head + string + middle + padding + tail."""
+    head_size, tail_size = len(head), -len(tail)
+
+    def match(data: bytes) -> Event | None:
+        if not data.startswith(head) or not data.endswith(tail):
             return None
-        inner = data[self.head_size : self.tail_size]
-        if self.middle:
-            inner, _, padding = inner.partition(self.middle)
+        inner = data[head_size:tail_size]
+        if middle:
+            inner, _, padding = inner.partition(middle)
             if not padding or not _is_plain(padding):
                 return None
         text = inner.decode("utf-8", "replace")
         if '"' in text or "\\" in text or not text.isprintable():
             # Escapes, or no valid literal at all: let the JSON parser say.
-            value = _parse_json(f'"{text}"')
-            if not isinstance(value, str) or _has_surrogate(value):
+            literal = f'"{text}"'
+            try:
+                text, end = _parse_json_at(literal)
+            except ValueError:
                 return None
-            text = value
-        if not text:
-            return None
-        self.unused = 0
-        return self.make(text)
+            if end != len(literal) or _has_surrogate(text):
+                return None
+        return make(text) if text else None
 
-    def learn(self, data: bytes, chunk: dict[str, Any], events: list[Event]) -> None:
-        """Cut `data`, the text of `chunk`, around the string of its only event.
+    return match
 
-        The cut is proven: with other strings in the holes it must parse to the same JSON
-        but for those strings. Consumes `chunk`.
-        """
-        self.forget()
-        if len(events) != 1 or self.unused >= self.PATIENCE:
-            return
-        try:
-            holder, key, make = _find_string(events[0], chunk["choices"][0]["delta"])
-        except (LookupError, TypeError):  # its text came from elsewhere
-            return
-        literal = json.dumps(holder[key], ensure_ascii=False)[1:].encode()
-        for match in re.finditer(rb'"%b"\s*:\s*"' % key.encode(), data):
-            if data.startswith(literal, match.end()):
-                head, rest = data[: match.end()], data[match.end() + len(literal) - 1 :]
-                break
-        else:
-            return
-        holder[key] = "probe"
-        middle, tail, probe = b"", rest, b"probe"
-        for name in self.PADDING:
-            padding = re.search(rb'"%b"\s*:\s*"([\w-]+)"' % name.encode(), rest)
-            if padding and name in chunk:
-                chunk[name] = "probe"
-                middle, tail = rest[: padding.start(1)], rest[padding.end(1) :]
-                probe += middle + b"probe"
-                break
-        if _parse_object(head + probe + tail) == chunk:
-            self.head, self.middle, self.tail, self.make = head, middle, tail, make
-            self.head_size, self.tail_size = len(head), -len(tail)
-            self.unused += 1
+
+def _learn(data: bytes, chunk: dict[str, Any], events: list[Event]) -> _Matcher:
+    """Cut `data`, the text of `chunk`, around the string of its only event.
+
+    The cut is proven: with other strings in the holes it must parse to the same JSON but
+    for those strings. Consumes `chunk`.
+    """
+    if len(events) != 1:
+        return _match_nothing
+    try:
+        holder, key, make = _find_string(events[0], chunk["choices"][0]["delta"])
+    except (LookupError, TypeError, AttributeError):  # its text came from elsewhere
+        return _match_nothing
+    literal = json.dumps(holder[key], ensure_ascii=False)[1:].encode()
+    for found in re.finditer(rb'"%b"\s*:\s*"' % key.encode(), data):
+        if data.startswith(literal, found.end()):
+            break
+    else:
+        return _match_nothing
+    head, tail = data[: found.end()], data[found.end() + len(literal) - 1 :]
+    middle, probe = b"", b"probe"
+    holder[key] = "probe"
+    for name in _PADDING:
+        padding = re.search(rb'"%b"\s*:\s*"([\w-]+)"' % name.encode(), tail)
+        if padding and name in chunk:
+            middle, tail = tail[: padding.start(1)], tail[padding.end(1) :]
+            probe += middle + b"probe"
+            chunk[name] = "probe"
+            break
+    if _parse_object(head + probe + tail) != chunk:
+        return _match_nothing
+    return _make_matcher(head, middle, tail, make)
+
+
+_CALL_MEMBERS = {"tool_calls", "function_call"}
 
 
 def _find_string(
@@ -2151,6 +2247,8 @@ def _find_string(
     Raises LookupError if it stands nowhere.
     """
     holder = delta
+    if not isinstance(event, ToolCallDelta) and (delta.keys() & _CALL_MEMBERS):
+        raise LookupError
     if isinstance(event, TextDelta):
         choice, key, text = event.choice, "content", event.text
 
@@ -2178,10 +2276,6 @@ def _find_string(
     if holder[key] != text or not text:
         raise LookupError
     return holder, key, make
-
-
-#: Letters, digits, _ and -: no escape, so that it is a literal as it is.
-_is_plain = re.compile(rb"[\w-]+").fullmatch
 
 
 # --------------------------------------------------------------------------------------
@@ -2267,6 +2361,7 @@ def _aggregate(events: Iterator[Event], deltas: bool) -> Generator[Event, None, 
         ]
 
     try:
+        yield Completed()  # for aggregate() alone
         for event in events:
             if isinstance(event, TextDelta):
                 draft(event.choice).content.write(event.text)
@@ -2336,17 +2431,29 @@ exit status: 0 done; 1 an error; 2 a wrong argument; 3 the answer ended early
 
 def _main(argv: list[str] | None = None) -> int:
     """The command `chatstream`. -> exit status."""
-    args = _parse_args(argv)
     for output in (sys.stdout, sys.stderr):  # an ASCII terminal must not end the answer
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")
     try:
-        prompt = " ".join(args.prompt)
-        if prompt in ("", "-"):
-            prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-        if args.demo:
-            os.environ["no_proxy"] = "*"
-            args.base_url, args.provider = _serve_demo(), None
+        return _answer_command(_parse_args(argv))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has enough (`| head -1`). Python flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _answer_command(args: Any) -> int:
+    prompt = " ".join(
+        os.fsencode(word).decode("utf-8", "replace") for word in args.prompt
+    )
+    if prompt in ("", "-"):
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
+    if args.demo:
+        os.environ["no_proxy"] = "*"
+        args.base_url, args.provider = _serve_demo(), None
+    try:
         events = stream(
             prompt,
             model=args.model or "demo",
@@ -2369,16 +2476,12 @@ def _main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         print(f"chatstream: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader has enough (`| head -1`). Python flushes stdout once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _show_text(events: Iterable[Event]) -> int:
-    dim, normal = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    dim, normal = (
+        ("\x1b[2m", "\x1b[0m") if sys.stderr and sys.stderr.isatty() else ("", "")
+    )
     last = "\n"  # what stdout ends with
     finish_reason = None
     for event in aggregate(events, deltas=True):

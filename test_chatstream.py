@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 
 import pytest
@@ -237,7 +238,7 @@ def transport(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
+def clean_environment(monkeypatch, request):
     names = [*os.environ]
     for name in names:
         if name.lower().endswith("_proxy") or name.startswith(("OPENAI_", "SSL_CERT")):
@@ -245,6 +246,10 @@ def clean_environment(monkeypatch):
     monkeypatch.delenv("CHATSTREAM_MODEL", raising=False)
     yield
     cs._shared_pool.cache_clear()
+    if "tls" in request.node.name and urllib3 and urllib3.__version__ < "2":
+        with warnings.catch_warnings():  # 1.26 leaves sockets of failed handshakes open
+            warnings.simplefilter("ignore")
+            gc.collect()
 
 
 @pytest.fixture
@@ -575,6 +580,8 @@ ROWS = [
         b'data: {"choices":[{"delta":{"content":"a\xff\xc3"}}]}\n\ndata: [DONE]\n\n',
         [TextDelta("a\ufffd\ufffd"), Completed()],
     ),
+    ("A1 VT and FF are text", b'data: {"choices":[{"delta":{"content":"\x0b\x0c"}}]}\n\n',
+     [TextDelta("\x0b\x0c"), Completed()]),
     ("A3 BOM", b"\xef\xbb\xbf" + PLAIN, [A, B, END]),
     ("A3 blank lines first", b"\n\r\n\n" + PLAIN, [A, B, END]),
     ("A4 no space", sse(C("a"), C("b"), STOP, DONE, start="data:"), [A, B, END]),
@@ -672,6 +679,7 @@ ROWS = [
      sse({"choices": [{"delta": {"content": "a"}, "message": {"content": "za"}}]}, DONE), [A, Completed()]),
     ("B17 message without delta", sse(whole({"content": "a"}), DONE), [A, END]),
     ("B17 last summary", sse(C("a"), C("b"), whole({"content": "ab"}), DONE), [A, B, END]),
+    ("B17 empty delta", sse({"choices": [{"delta": {}, "message": {"content": "a"}}]}, DONE), [A, Completed()]),
     ("B18 roles", sse(C(delta={"role": "assistant", "content": "a"}), C(delta={"role": None, "content": "b"}),
                       C(delta={"role": ""}, finish="stop"), DONE), [A, B, END]),
     ("B19 glued", sse(C("a"), json.dumps(C("x")) + "data: " + json.dumps(C("y")), C("b"), STOP, DONE),
@@ -696,6 +704,8 @@ ROWS = [
       Completed("c1", "m1")]),
     ("C10 arguments an object", sse(tool(0, "i", "f", {"a": [1]}), tool(0, None, None, {"b": 2}), DONE),
      [ToolCallDelta(0, "i", "f", '{"a": [1]}'), Completed("c1", "m1")]),
+    ("C10 an empty object", sse(tool(0, "i", "f", {}), DONE),
+     [ToolCallDelta(0, "i", "f", "{}"), Completed("c1", "m1")]),
     ("C14 function_call", sse(C(delta={"function_call": {"name": "f", "arguments": "{"}}),
                               C(delta={"function_call": {"arguments": "}"}}), DONE),
      [ToolCallDelta(0, "", "f", "{"), ToolCallDelta(0, "", "f", "}"), Completed("c1", "m1")]),
@@ -714,6 +724,11 @@ ROWS = [
     ("E1 after comments", b": wait\n\n" + json.dumps(whole({"content": "a"})).encode(), [A, END]),
     ("E4 empty", b"", [Completed()]),
     ("E4 comments only", b": a\n\n: b\n\n", [Completed()]),
+    ("huge numbers", sse(C("a", finish="stop", usage={"prompt_tokens": 10**309, "total_tokens": 1e400}), DONE),
+     [A, completed(usage=Usage(10**309))]),
+    ("wrong types of a function", sse(tool(0, "i", "f", "x"), *[C(delta={"tool_calls": [
+        {"index": 0, "id": "i", "function": odd}]}) for odd in (None, False, [], "x", 5)], DONE),
+     [ToolCallDelta(0, "i", "f", "x"), Completed("c1", "m1")]),
     ("wrong types", sse(
         {"choices": "x"}, {"choices": [None, 1, "x", []]}, {"choices": [{"index": "x", "delta": 5}]},
         C(5), C({"a": 1}), C([None, 5, {"type": 5}, {"text": 5}]), C(delta={"tool_calls": "x"}),
@@ -1064,6 +1079,9 @@ CUTS = {
     "no terminator": CHUNKED + chunked(EVENT),
     "inside a chunk": CHUNKED + b"fff\r\n" + EVENT + b"data: {",
     "after a chunk": CHUNKED + chunked(EVENT)[:-2],
+    "half a size": CHUNKED + chunked(EVENT) + b"0",
+    "size without blank line": CHUNKED + chunked(EVENT) + b"0\r\n",
+    "inside a trailer": CHUNKED + chunked(EVENT) + b"0\r\nX: y",
     "garbage size": CHUNKED + chunked(EVENT) + b"zz\r\nxx\r\n",
     "negative size": CHUNKED
     + chunked(EVENT)
@@ -1220,6 +1238,14 @@ def test_a_stalled_upload_is_a_transport_error(transport, sleeps):
     assert len(server.requests) == 1
 
 
+def test_an_upload_that_stalls_in_its_last_block(transport, monkeypatch, sleeps):
+    """The time out strikes in a send, though all of the body has been read."""
+    body = cs._Upload(b"x" * 10)
+    assert (body.read(6), body.sent) == (b"x" * 6, False)
+    assert (body.read(6), body.sent) == (b"x" * 4, False)
+    assert (body.read(6), body.sent) == (b"", True)
+
+
 def test_an_early_413_to_a_large_request(transport):
     with Server(
         [DEAF, error("413 Too Large", {"error": "too large"}), CLOSE]
@@ -1357,6 +1383,16 @@ def test_data_after_done_does_not_hold_the_call(transport):
         server.wait_for_leaving()
 
 
+def test_endless_trailers_after_done_do_not_hold_the_call(transport):
+    def pour(sock, file):
+        while not server.stopping.wait(0.005):
+            sock.sendall(b"x: y\r\n")
+
+    with Server([CHUNKED + chunked(PLAIN) + b"0\r\n", pour]) as server:
+        assert list(ask(server)) == [A, B, END]
+        server.wait_for_leaving()
+
+
 @needs_urllib3
 def test_a_dead_pooled_connection_costs_nothing():
     with Server([reply(PLAIN), CLOSE]) as server:
@@ -1466,6 +1502,17 @@ def test_a_blocking_pool_gets_its_slots_back():
 
 
 @needs_urllib3
+def test_the_headers_through_an_http_proxy_are_sent_once(monkeypatch):
+    with Server([reply(PLAIN)]) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.origin)
+        list(ask("http://upstream.test/v1", headers={"accept": "x/y", "HOST": "zz"}))
+    names = [name.lower() for name, _ in proxy.requests[0].headers]
+    assert len(names) == len(set(names))
+    assert proxy.requests[0].header("Accept") == "x/y"
+    assert proxy.requests[0].header("Host") == "zz"
+
+
+@needs_urllib3
 def test_without_the_private_name_the_public_read1_serves(monkeypatch):
     if not hasattr(urllib3.response.HTTPResponse, "read1"):
         pytest.skip("urllib3 1.26 has no read1")
@@ -1477,8 +1524,19 @@ def test_without_the_private_name_the_public_read1_serves(monkeypatch):
         return response
 
     monkeypatch.setattr(urllib3.PoolManager, "urlopen", urlopen)
-    with Server([reply(PLAIN)]) as server:
+    scripts = (
+        [reply(PLAIN)],
+        [UNFINISHED, CLOSE],
+        [UNFINISHED, HOLD],
+        [error("400 No", {})],
+    )
+    with Server(*scripts) as server:
         assert list(ask(server)) == [A, B, END]
+        got, failure = collect(ask(server))
+        assert (got, type(failure)) == ([A], cs.TruncatedStreamError)
+        got, failure = collect(ask(server, idle_timeout=0.3))
+        assert (got, type(failure)) == ([A], cs.IdleTimeoutError)
+        assert type(collect(ask(server))[1]) is cs.StatusError
 
 
 # --------------------------------------------------------------------------------------
@@ -1610,6 +1668,14 @@ URL = "http://127.0.0.1:9/v1"
         ({"headers": [("a", "b")]}, TypeError, "headers"),
         ({"extra_body": [1]}, TypeError, "extra_body"),
         ({"pool": object()}, TypeError, "pool"),
+        ({"pool": urllib3 or 5}, TypeError, "pool"),
+        ({"pool": getattr(urllib3, "PoolManager", int)}, TypeError, "pool"),
+        ({"headers": {f"Authorization: {KEY}": None}}, ValueError, "headers"),
+        ({"base_url": f"user:{KEY}@x/v1"}, ValueError, "base_url"),
+        ({"base_url": f"http:/user:{KEY}@x"}, ValueError, "base_url"),
+        ({"base_url": f"http:///user:{KEY}@x/"}, ValueError, "base_url"),
+        ({"base_url": f"http://user:{KEY}#x@x"}, ValueError, "base_url"),
+        ({"base_url": f"http://x/v1#{KEY}"}, ValueError, "base_url"),
         ({"stream": False}, TypeError, "aggregate"),
         ({"extra_body": {"stream": False}}, TypeError, "aggregate"),
         ({"timeout": 5}, TypeError, "idle_timeout"),
@@ -1730,8 +1796,8 @@ def test_a_provider_of_ones_own(transport, monkeypatch):
 
 def everything_about(failure):
     shown = [repr(failure), str(failure), repr(vars(failure)), repr(failure.args)]
-    while failure := failure.__cause__:
-        shown.append(repr(failure))
+    while failure := failure.__cause__ or failure.__context__:
+        shown += [repr(failure), str(failure), repr(vars(failure))]
     return "\n".join(shown)
 
 
@@ -1746,6 +1812,16 @@ def everything_about(failure):
         [reply(f"<html>{KEY}".encode())],
         [RESET],
         [UNFINISHED, CLOSE],
+        [f"Bearer {KEY}\r\n\r\n".encode(), CLOSE],
+        [UNFINISHED + f"{KEY}\r\n".encode(), CLOSE],
+        [error("302 Moved", {}, f"Location: http://x/y#{KEY}")],
+        [error("302 Moved", {}, f"Location: http://us/er:{KEY}@x/y")],
+        [
+            error(
+                "400 No",
+                {"error": {"message": "m", "code": json.loads("[" * 600 + "]" * 600)}},
+            )
+        ],
     ],
 )
 def test_no_secret_in_any_error_or_log(transport, script, caplog, sleeps):
@@ -1755,7 +1831,8 @@ def test_no_secret_in_any_error_or_log(transport, script, caplog, sleeps):
         options = {"api_key": KEY, "strict": True, "base_url": url, "max_retries": 1}
         _, failure = collect(cs.aggregate(ask(server, **options)))
     shown = everything_about(failure)
-    own = "\n".join(r.getMessage() for r in caplog.records if r.name == "chatstream")
+    own = "\n".join(r.getMessage() for r in caplog.records)
+    assert "\n" not in str(failure)
     for secret in (KEY, "token-in-url"):
         assert secret not in shown
         assert secret not in own
@@ -1948,6 +2025,21 @@ def test_https_proxy_tunnels(transport, certificates, monkeypatch):
     assert server.requests[0].header("Proxy-Authorization") is None
 
 
+def test_a_proxy_with_a_bad_port(transport, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://u:hid#den@127.0.0.1:1")
+    _, failure = collect(ask("http://upstream.test/v1", max_retries=3))
+    assert (type(failure), failure.attempts) == (cs.TransportError, 1)
+    assert "hid" not in everything_about(failure)
+
+
+def test_what_a_proxy_says_back_is_hidden(transport, monkeypatch):
+    with Server([error("407 No", b"Basic Ym9iOnBAc3M=")]) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://bob:p%40ss@127.0.0.1:{proxy.port}")
+        _, failure = collect(ask("http://upstream.test/v1"))
+    assert failure.status == 407
+    assert "Ym9iOnBAc3M=" not in everything_about(failure)
+
+
 def test_a_proxy_that_refuses(transport, monkeypatch, sleeps):
     refusal = head("407 Proxy Authentication Required", "Content-Length: 0")
     with Server([refusal, CLOSE]) as proxy:
@@ -2051,6 +2143,10 @@ def test_aggregate_closes_what_it_reads():
     next(messages)
     messages.close()
     assert closed == [True]
+    started = events()
+    next(started)
+    cs.aggregate(started).close()
+    assert closed == [True, True]
 
 
 def test_aggregate_joins_halves_in_extra():
@@ -2520,6 +2616,27 @@ def test_cli_closed_pipe_is_quiet():
         assert child.stderr.read() == b""
         child.stderr.close()
         child.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_cli_closed_pipe_and_an_error(option):
+    args = ["-m", "m", "-u", "http://127.0.0.1:1/v1", *option, "x"]
+    script = " ".join([sys.executable, "chatstream.py", *args, "| true"])
+    env = {**os.environ, "no_proxy": "*"}
+    run = subprocess.run(script, shell=True, cwd=HERE, capture_output=True, env=env)
+    assert b"Traceback" not in run.stderr
+
+
+def test_cli_without_standard_streams():
+    with Server([reply(PLAIN)]) as server:
+        start = f"{sys.executable} chatstream.py -m m -u {server.url}"
+        run = subprocess.run(
+            f"{start} x 2>&-", shell=True, cwd=HERE, capture_output=True
+        )
+        assert (run.returncode, run.stdout) == (0, b"ab\n")
+        run = subprocess.run(f"{start} <&-", shell=True, cwd=HERE, capture_output=True)
+        assert run.returncode == 2
+        assert b"Traceback" not in run.stderr
 
 
 def test_cli_closed_pipe_in_process(monkeypatch):
