@@ -57,13 +57,14 @@ import os
 import random
 import re
 import socket
+import string
 import sys
 import threading
 import time
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Callable, NamedTuple, Optional, Union
 from urllib.parse import quote, unquote, urlsplit
@@ -128,7 +129,7 @@ _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.2, 30.0
 _LONGEST_RETRY_AFTER = 120.0
 
 #: Connections kept for reuse, per host. Above it urllib3 would drop one and warn.
-_POOL_SIZE = 1000
+_POOL_SIZE = 256
 
 #: socket.settimeout() takes no more: milliseconds in a C int.
 _LONGEST_TIMEOUT = 2_147_483
@@ -249,8 +250,21 @@ class ServerError(StreamError):
 # --------------------------------------------------------------------------------------
 
 
-@dataclass
-class TextDelta:
+class _Record:
+    """Equality and repr as @dataclass makes them, made once: each costs import time."""
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            vars(self) == vars(other) if type(other) is type(self) else NotImplemented
+        )
+
+    def __repr__(self) -> str:
+        shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr)  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(eq=False, repr=False)
+class TextDelta(_Record):
     """A piece of the answer.
 
     text: str, never empty, always valid Unicode.
@@ -261,8 +275,8 @@ class TextDelta:
     choice: int = 0
 
 
-@dataclass
-class ReasoningDelta:
+@dataclass(eq=False, repr=False)
+class ReasoningDelta(_Record):
     """A piece of the model's reasoning.
 
     text: str; "" when the server sent only opaque members, such as signatures.
@@ -276,8 +290,8 @@ class ReasoningDelta:
     extra: Optional[dict[str, Any]] = None
 
 
-@dataclass
-class RefusalDelta:
+@dataclass(eq=False, repr=False)
+class RefusalDelta(_Record):
     """A piece of a refusal.
 
     text: str, never empty.
@@ -288,8 +302,8 @@ class RefusalDelta:
     choice: int = 0
 
 
-@dataclass
-class ToolCallDelta:
+@dataclass(eq=False, repr=False)
+class ToolCallDelta(_Record):
     """A piece of a tool call.
 
     index: int, the call's position in its message, counted from 0 by first appearance,
@@ -308,8 +322,8 @@ class ToolCallDelta:
     choice: int = 0
 
 
-@dataclass
-class Chunk:
+@dataclass(eq=False, repr=False)
+class Chunk(_Record):
     """With raw=True: one JSON object as sent, before the events made from it.
 
     data: dict, the parsed JSON.
@@ -318,8 +332,8 @@ class Chunk:
     data: dict[str, Any]
 
 
-@dataclass
-class ToolCall:
+@dataclass(eq=False, repr=False)
+class ToolCall(_Record):
     """A whole tool call, in Message.tool_calls.
 
     id: str, unique in its message, made up where the server sent none.
@@ -340,8 +354,8 @@ class ToolCall:
         return {**self.extra, "id": self.id, "type": "function", "function": function}
 
 
-@dataclass
-class Message:
+@dataclass(eq=False, repr=False)
+class Message(_Record):
     """A whole message, from aggregate(). Append it to the history as it is.
 
     role: str.
@@ -378,8 +392,8 @@ class Message:
         return message
 
 
-@dataclass
-class Usage:
+@dataclass(eq=False, repr=False)
+class Usage(_Record):
     """Tokens of a request, as the server counted them; 0 where it said nothing.
 
     cached_tokens are part of prompt_tokens, reasoning_tokens of completion_tokens.
@@ -392,8 +406,8 @@ class Usage:
     reasoning_tokens: int = 0
 
 
-@dataclass
-class Completed:
+@dataclass(eq=False, repr=False)
+class Completed(_Record):
     """The end of the answer: last, and once.
 
     response_id, model: str, the first non-empty that was sent; "" if none was.
@@ -421,8 +435,8 @@ Event = Union[
 ]
 
 
-@dataclass
-class Provider:
+@dataclass(eq=False, repr=False)
+class Provider(_Record):
     """A server and how to pass its door.
 
     name: str.
@@ -682,6 +696,10 @@ def _check_header_value(what: str, value: str) -> None:
         raise ValueError(f"{what}: holds a character outside Latin-1") from None
 
 
+#: RFC 9110, 5.6.2: what a header's name is made of.
+_TOKEN = frozenset("!#$%&'*+-.^_`|~" + string.ascii_letters + string.digits)
+
+
 def _check_headers(what: str, headers: Any) -> Mapping[str, str]:
     if headers is None:
         return {}
@@ -690,7 +708,7 @@ def _check_headers(what: str, headers: Any) -> Mapping[str, str]:
     for name, value in headers.items():
         if not isinstance(name, str):
             raise TypeError(f"{what}: expected str names, got a {type(name).__name__}")
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        if not name or not _TOKEN.issuperset(name):
             raise ValueError(f"{what}: not a header name, or with a line break in it")
         if not isinstance(value, str):
             raise TypeError(
@@ -720,22 +738,24 @@ def _split_url(base_url: Any) -> tuple[str, str, int, str]:
     if not isinstance(base_url, str):
         raise TypeError(f"base_url: expected a str, got a {type(base_url).__name__}")
     wanted = "base_url: expected http(s)://host[:port][/path][?query]"
-    shown = re.split("[?#]", base_url)[0]
-    if "@" in re.split("[?#]", base_url)[0].partition("//")[2].partition("/")[0]:
+    shown = base_url.partition("?")[0].partition("#")[0]
+    if "@" in shown.partition("//")[2].partition("/")[0]:
         raise ValueError(f"{wanted}, without user:password@; use headers= or api_key=")
     if "@" in base_url:
         shown = "a URL with @ in it"
     try:
         url = urlsplit(base_url.strip())
         host, port = url.hostname, url.port
-        host = host and host.encode("idna").decode("ascii")
+        if host and not host.isascii():
+            host = host.encode("idna").decode("ascii")
     except ValueError:
         raise ValueError(
             f"{wanted}, with a valid host and port; got {shown!r}"
         ) from None
     if url.scheme not in ("http", "https") or not host:
         raise ValueError(f"{wanted}, got {shown!r}")
-    if re.search(r"[\x00-\x20\x7f]", base_url.strip()) or "#" in base_url or port == 0:
+    odd = any(c <= " " or c in "#\x7f" for c in base_url.strip())
+    if odd or port == 0:
         raise ValueError(f"{wanted}, no blanks and no #fragment; got {shown!r}")
     safe = "/%:@!$&'()*+,;=-._~"
     target = quote(url.path.rstrip("/"), safe=safe) + "/chat/completions"
@@ -819,6 +839,9 @@ def _check_messages(messages: Any) -> list[dict[str, Any]]:
     return [m.to_dict() if isinstance(m, Message) else m for m in messages]
 
 
+_SECRET_NAMES = ("auth", "key", "token", "secret", "cookie")
+
+
 def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[str, ...]:
     """What must not be seen in an error, even if the server sends it back.
 
@@ -826,7 +849,7 @@ def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[st
     """
     found = [key]
     for name, value in headers.items():
-        if re.search("auth|key|token|secret|cookie", name, re.IGNORECASE):
+        if any(word in name.lower() for word in _SECRET_NAMES):
             found += [value, value.rpartition(" ")[2]]
     for pair in target.partition("?")[2].split("&"):
         value = pair.partition("=")[2]
@@ -2046,7 +2069,12 @@ def _add_text(
         events.append(kind(text, choice.index))
 
 
-_has_surrogate = re.compile("[\ud800-\udfff]").search
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _join_halves(state: _State, key: tuple[Any, ...], text: str) -> str:
@@ -2166,8 +2194,10 @@ _PATIENCE = 8
 #: Members that OpenAI and others fill with random letters, against eavesdroppers.
 _PADDING = ("obfuscation", "p")
 
-#: Letters, digits, _ and -: no escape, so that it is a literal as it is.
-_is_plain = re.compile(rb"[\w-]+").fullmatch
+
+def _is_plain(padding: bytes) -> bool:
+    """Letters, digits and _: no escape, so that it is a string literal as it is."""
+    return padding.replace(b"_", b"").isalnum()
 
 
 def _match_nothing(data: bytes) -> Event | None:
@@ -2216,24 +2246,32 @@ def _learn(data: bytes, chunk: dict[str, Any], events: list[Event]) -> _Matcher:
     except (LookupError, TypeError, AttributeError):  # its text came from elsewhere
         return _match_nothing
     literal = json.dumps(holder[key], ensure_ascii=False)[1:].encode()
-    for found in re.finditer(rb'"%b"\s*:\s*"' % key.encode(), data):
-        if data.startswith(literal, found.end()):
-            break
-    else:
+    start = _find_literal(data, key)
+    if start < 0 or not data.startswith(literal, start):
         return _match_nothing
-    head, tail = data[: found.end()], data[found.end() + len(literal) - 1 :]
+    head, tail = data[:start], data[start + len(literal) - 1 :]
     middle, probe = b"", b"probe"
     holder[key] = "probe"
     for name in _PADDING:
-        padding = re.search(rb'"%b"\s*:\s*"([\w-]+)"' % name.encode(), tail)
-        if padding and name in chunk:
-            middle, tail = tail[: padding.start(1)], tail[padding.end(1) :]
+        start = _find_literal(tail, name) if name in chunk else -1
+        end = tail.find(b'"', start)
+        if start >= 0 and _is_plain(tail[start:end]):
+            middle, tail = tail[:start], tail[end:]
             probe += middle + b"probe"
             chunk[name] = "probe"
             break
     if _parse_object(head + probe + tail) != chunk:
         return _match_nothing
     return _make_matcher(head, middle, tail, make)
+
+
+def _find_literal(data: bytes, key: str) -> int:
+    """-> where the string of the first member `key` begins, behind its quote; or -1."""
+    for form in (b'"%b":"', b'"%b": "'):
+        start = data.find(form % key.encode())
+        if start >= 0:
+            return start + len(form) - 2 + len(key)
+    return -1
 
 
 _CALL_MEMBERS = {"tool_calls", "function_call"}
