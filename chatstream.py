@@ -54,7 +54,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import socket
 import string
@@ -67,10 +66,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Callable, NamedTuple, Optional, Union
-from urllib.parse import quote, unquote, urlsplit
 
-# http.client, ssl and urllib3 are imported by the first request: together they would be
-# most of the time that `import chatstream` takes.
+# http.client, ssl, urllib and urllib3 are imported by the first call: together they would
+# be most of the time that `import chatstream` takes.
 
 __version__ = "1.0.0"
 
@@ -735,6 +733,8 @@ def _merge_headers(*layers: Mapping[str, str]) -> dict[str, str]:
 
 def _split_url(base_url: Any) -> tuple[str, str, int, str]:
     """Base URL -> scheme, host, port, request target."""
+    from urllib.parse import quote, urlsplit
+
     if not isinstance(base_url, str):
         raise TypeError(f"base_url: expected a str, got a {type(base_url).__name__}")
     wanted = "base_url: expected http(s)://host[:port][/path][?query]"
@@ -847,6 +847,8 @@ def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[st
 
     Shorter than six characters is a dummy ("none"), and would be found everywhere.
     """
+    from urllib.parse import unquote
+
     found = [key]
     for name, value in headers.items():
         if any(word in name.lower() for word in _SECRET_NAMES):
@@ -934,6 +936,8 @@ def _run(request: _Request) -> Generator[Event, None, None]:
 
 def _backoff() -> Iterator[float]:
     """0.2 s, doubling, each times 0.9 to 1.1 so that clients do not come back at once."""
+    import random
+
     delay = _FIRST_BACKOFF
     while True:
         yield min(delay * random.uniform(0.9, 1.1), _LONGEST_BACKOFF)
@@ -1460,6 +1464,7 @@ def _find_proxy(request: _Request) -> _Proxy | None:
     if not any(name.lower().endswith("_proxy") for name in os.environ):
         return None  # spares the import
     from base64 import b64encode
+    from urllib.parse import unquote, urlsplit
     from urllib.request import (  # type: ignore[attr-defined]
         getproxies_environment,
         proxy_bypass_environment,
