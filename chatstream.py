@@ -120,6 +120,9 @@ _ERROR_BODY_SECONDS = 5.0
 #: be used again. The caller has its Completed before that.
 _GRACE_SECONDS = 0.05
 
+#: What is logged of a request's body, at DEBUG: not every byte of an image.
+_MAX_LOGGED = 2000
+
 #: First and longest wait between two tries, in seconds; each is twice the one before.
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.2, 30.0
 
@@ -946,7 +949,11 @@ def _backoff() -> Iterator[float]:
 
 def _attempt(request: _Request) -> Generator[Event, None, None]:
     """One request and its answer. Raises _Retryable where another try may help."""
-    _log.debug("POST %s %.2000s", request.public_url, request.body.decode())
+    if _log.isEnabledFor(logging.DEBUG):
+        shown = request.body[
+            :_MAX_LOGGED
+        ].decode()  # ASCII: json.dumps() escapes the rest
+        _log.debug("POST %s %s", request.public_url, shown)
     request_id = ""
     reply = None
     try:
@@ -987,17 +994,19 @@ def _answer(
         c.index: c.finish_reason for c in state.choices.values() if c.finish_reason
     }
     _log.debug("done: %d, finish reasons %s", reply.response.status, reasons)
-    yield Completed(
-        response_id=state.response_id,
-        model=state.model,
-        finish_reason=reasons.get(0),
-        finish_reasons=reasons,
-        usage=state.usage,
-        skipped=state.skipped,
-        request_id=request_id,
-    )
-    if state.done:
-        reply.drain(blocks)
+    try:
+        yield Completed(
+            response_id=state.response_id,
+            model=state.model,
+            finish_reason=reasons.get(0),
+            finish_reasons=reasons,
+            usage=state.usage,
+            skipped=state.skipped,
+            request_id=request_id,
+        )
+    finally:  # also for a caller who leaves now, as next(aggregate(...)) does
+        if state.done:
+            reply.drain(blocks)
 
 
 def _judge_end(request: _Request, state: _State, started: bool) -> None:

@@ -506,6 +506,13 @@ def test_ref_a_slow_reader_slows_the_sender(transport):
         events.close()
 
 
+def test_a_large_request_is_logged_in_part(transport, caplog):
+    caplog.set_level(logging.DEBUG, "chatstream")
+    with Server() as server:
+        list(ask(server, "é" * 100_000))
+    assert all(len(r.getMessage()) < 3000 for r in caplog.records)
+
+
 def test_ref_debug_logs_url_and_payload_but_no_key(transport, caplog):
     caplog.set_level(logging.DEBUG, "chatstream")
     with Server() as server:
@@ -1357,6 +1364,14 @@ def test_calls_in_a_row_use_one_connection():
     with Server([reply(PLAIN)]) as server:
         for _ in range(20):
             assert list(ask(server)) == [A, B, END]
+        assert server.connections == 1
+
+
+@needs_urllib3
+def test_also_when_the_caller_leaves_at_the_message():
+    with Server([reply(PLAIN)]) as server:
+        for _ in range(20):
+            assert next(cs.aggregate(ask(server))).content == "ab"
         assert server.connections == 1
 
 
