@@ -1268,8 +1268,9 @@ class _Framing:
         self.last_line: bytes = b""
         self.deadline: float | None = None
         file: Any = getattr(response, "fp", None)
-        self.chunked = file is not None and response.chunked is True
-        if self.chunked:
+        self.chunked = False
+        if file is not None and response.chunked is True:
+            self.chunked = True
             self.read, self.read1, self.close = file.read, file.read1, file.close
             self.flush, self.fileno = file.flush, file.fileno
             self._readline = file.readline
@@ -1472,18 +1473,14 @@ def _find_proxy(request: _Request) -> _Proxy | None:
     """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, as urllib.request reads them."""
     if not any(name.lower().endswith("_proxy") for name in os.environ):
         return None  # spares the import
+    import urllib.request
     from base64 import b64encode
     from urllib.parse import unquote, urlsplit
-    from urllib.request import (  # type: ignore[attr-defined]
-        getproxies_environment,
-        proxy_bypass_environment,
-    )
 
-    settings = getproxies_environment()
+    settings = urllib.request.getproxies_environment()
     value = settings.get(request.scheme) or settings.get("all")
-    if not value or proxy_bypass_environment(
-        f"{request.host}:{request.port}", settings
-    ):
+    bypass: Any = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
+    if not value or bypass(f"{request.host}:{request.port}", settings):
         return None
     url = urlsplit(value if "://" in value else "http://" + value)
     port: int | None = -1
@@ -2602,7 +2599,7 @@ def _serve_demo() -> str:
         def send_chunk(self, data: bytes) -> None:
             self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
-        def log_message(self, *args: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
