@@ -63,7 +63,7 @@ import time
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Callable, NamedTuple, Optional, Union
 
@@ -170,7 +170,7 @@ class MissingAPIKeyError(ChatStreamError):
 
 
 class StatusError(ChatStreamError):
-    """The reply's status is not 2xx. Raised at once unless the status is retryable.
+    """A reply that is not 2xx, and no other try would help (else RetryLimitError).
 
     status: int, the HTTP status.
     body: str, the first 64 KiB of the reply's body; "" if it could not be read.
@@ -252,7 +252,7 @@ class ServerError(StreamError):
 
 
 class _Record:
-    """Equality and repr as @dataclass makes them, made once: each costs import time."""
+    """Equality and repr as @dataclass makes them; made once, they spare 3 ms at import."""
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -512,7 +512,7 @@ def stream(
         variable OPENAI_BASE_URL replaces its URL and makes its key optional.
     base_url: str, another URL for `provider`; alone: some server that needs no key. It
         may carry a query string (Azure's `?api-version=`). None: the provider's.
-    api_key: str, sent as a bearer token. None: the provider's environment variable.
+    api_key: str, sent as a bearer token. None or "": the provider's environment variable.
     headers: mapping of str to str, on top of ours and of the provider's; replaces a
         header of the same name, whatever the case.
     extra_body: mapping, members of the request's body whose names stream() itself uses.
@@ -522,16 +522,19 @@ def stream(
         any two reads; None: no bound.
     event_timeout: float, seconds in which bytes come but no chunk (keep-alive comments);
         None: no bound. The caller's own time between two next() does not count.
-    max_retries: int, tries after the first one: on a connection failure, on 408, 429 and
-        5xx, and when the connection breaks before anything was yielded. The wait is what
-        `retry-after-ms` or `Retry-After` says (RFC 9110, 10.2.3), else 0.2 s x 2^n x
-        (0.9 to 1.1), at most 30 s.
+    max_retries: int, tries after the first one: on a connection failure (not a bad
+        certificate), on 408, 429 and 5xx, and when the connection breaks before anything
+        was yielded. `x-should-retry` true or false overrides the status; the code or type
+        insufficient_quota is never retried. The wait is what `retry-after-ms` or
+        `Retry-After` says (RFC 9110, 10.2.3; over 120 s: no more tries), else
+        0.2 s x 2^n x (0.9 to 1.1), at most 30 s.
     strict: bool, True makes an error of what is otherwise logged as a warning: data that
         is not a JSON object, an end without finish_reason or [DONE], a cut or silence
         after the answer was finished.
     raw: bool, True also yields each parsed chunk, as Chunk.
     pool: a urllib3 PoolManager (or ProxyManager, or SOCKS manager) of the caller's, for
-        private CAs, client certificates and proxies. None: a shared one, and the proxy
+        private CAs, client certificates and proxies; its own headers stay, ours come on
+        top. None: a shared one, and the proxy
         variables of the environment and SSL_CERT_FILE are honoured.
     params: the other members of the request's body, sent as they are (`temperature=`,
         `tools=`, `stream_options=` ...).
@@ -540,7 +543,9 @@ def stream(
     ChatStreamErrors out of the loop.
     """
     where = _choose_provider(provider, base_url)
-    scheme, host, port, target = _split_url(base_url or where.base_url)
+    scheme, host, port, target = _split_url(
+        where.base_url if base_url is None else base_url
+    )
     key = _choose_key(where, api_key)
     sent_headers = _merge_headers(
         {
@@ -553,18 +558,6 @@ def stream(
         _check_headers("Provider.headers", where.headers),
         _check_headers("headers", headers),
     )
-    if type(max_retries) is not int:
-        raise TypeError(f"max_retries: expected an int, got {max_retries!r}")
-    if max_retries < 0:
-        raise ValueError(f"max_retries: expected 0 or more, got {max_retries!r}")
-    if pool is not None and (
-        isinstance(pool, type)
-        or not hasattr(pool, "connection_from_url")
-        or not hasattr(pool, "urlopen")
-    ):
-        raise TypeError(
-            f"pool: expected a urllib3 PoolManager, got a {type(pool).__name__}"
-        )
     return _run(
         _Request(
             scheme=scheme,
@@ -576,10 +569,10 @@ def stream(
             connect_timeout=_check_seconds("connect_timeout", connect_timeout),
             idle_timeout=_check_seconds("idle_timeout", idle_timeout),
             event_timeout=_check_seconds("event_timeout", event_timeout),
-            max_retries=max_retries,
+            max_retries=_check_retries(max_retries),
             strict=bool(strict),
             raw=bool(raw),
-            pool=pool,
+            pool=_check_pool(pool),
             secrets=_find_secrets(
                 key, {**(getattr(pool, "headers", None) or {}), **sent_headers}, target
             ),
@@ -603,7 +596,7 @@ def aggregate(
     Raises what `events` raises; a ChatStreamError gets the messages so far as .partial.
     """
     messages = _aggregate(iter(events), deltas)
-    next(messages)  # into its `try`, so that closing it closes `events` from now on
+    next(messages)  # the dummy
     return messages
 
 
@@ -612,8 +605,9 @@ def aggregate(
 # --------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)  # no repr: it would show the key
 class _Request:
-    """All that a try needs. No dataclass: a repr would show the key."""
+    """All that a try needs."""
 
     scheme: str
     host: str
@@ -629,9 +623,6 @@ class _Request:
     raw: bool
     pool: Any
     secrets: tuple[str, ...]
-
-    def __init__(self, **fields: Any) -> None:
-        vars(self).update(fields)
 
     @property
     def origin(self) -> str:
@@ -666,7 +657,7 @@ def _choose_provider(provider: str | Provider | None, base_url: str | None) -> P
     key_name = openai.env_key
     if not os.environ.get(key_name or "", "").strip():
         key_name = None
-    return Provider("openai", elsewhere, key_name)
+    return replace(openai, base_url=elsewhere, env_key=key_name)
 
 
 def _choose_key(provider: Provider, api_key: str | None) -> str:
@@ -734,6 +725,9 @@ def _merge_headers(*layers: Mapping[str, str]) -> dict[str, str]:
     return merged
 
 
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
 def _split_url(base_url: Any) -> tuple[str, str, int, str]:
     """Base URL -> scheme, host, port, request target."""
     from urllib.parse import quote, urlsplit
@@ -767,9 +761,6 @@ def _split_url(base_url: Any) -> tuple[str, str, int, str]:
     return url.scheme, host, port or _DEFAULT_PORTS[url.scheme], target
 
 
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
 def _origin(scheme: str, host: str, port: int) -> str:
     host = f"[{host}]" if ":" in host else host
     shown = "" if port == _DEFAULT_PORTS[scheme] else f":{port}"
@@ -787,6 +778,23 @@ def _check_seconds(name: str, value: Any) -> float | None:
             f"or None for no bound; got {value!r}"
         )
     return float(value)
+
+
+def _check_retries(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"max_retries: expected an int, got {value!r}")
+    if value < 0:
+        raise ValueError(f"max_retries: expected 0 or more, got {value!r}")
+    return value
+
+
+def _check_pool(pool: Any) -> Any:
+    """By what it can do: urllib3 is not imported here."""
+    able = hasattr(pool, "connection_from_url") and hasattr(pool, "urlopen")
+    if pool is not None and (isinstance(pool, type) or not able):
+        kind = type(pool).__name__
+        raise TypeError(f"pool: expected a urllib3 PoolManager, got a {kind}")
+    return pool
 
 
 def _build_body(
@@ -862,6 +870,155 @@ def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[st
     return tuple(sorted({s for s in found if len(s) >= 6}, key=len, reverse=True))
 
 
+# --------------------------------------------------------------------------------------
+# The state of one answer, which the layers below share
+# --------------------------------------------------------------------------------------
+
+
+class _Call:
+    """A tool call being assembled."""
+
+    __slots__ = ("position", "id", "name", "has_arguments")
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+        self.id = ""
+        self.name = ""
+        self.has_arguments = False
+
+
+class _Choice:
+    """What is known of one choice."""
+
+    __slots__ = ("index", "finish_reason", "streamed", "calls", "by_index")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.finish_reason = ""
+        self.streamed = False  # something was yielded for it
+        self.calls: list[_Call] = []
+        self.by_index: dict[int, _Call] = {}  # the server's index -> the call
+
+
+class _State:
+    """What is known of one answer."""
+
+    def __init__(self, strict: bool, raw: bool, content_type: str) -> None:
+        self.strict = strict
+        self.raw = raw
+        self.content_type = content_type
+        self.response_id = ""
+        self.model = ""
+        self.usage: Usage | None = None
+        self.choices: dict[int, _Choice] = {}
+        self.skipped = 0
+        self.done = False  # [DONE] has come
+        #: A chunk has come since _read_blocks() last looked.
+        self.progress = False
+        #: Why no more bytes come, other than by a proper end. Kept, not raised, so that
+        #: what arrived whole is yielded first.
+        self.fault: StreamError | None = None
+        #: First halves of surrogate pairs, by the kind of text they belong to.
+        self.halves: dict[tuple[Any, ...], str] = {}
+
+    @property
+    def finished(self) -> bool:
+        choices = self.choices.values()
+        return bool(choices) and all(c.finish_reason for c in choices)
+
+
+# --------------------------------------------------------------------------------------
+# Tries and waits
+# --------------------------------------------------------------------------------------
+
+
+class _Retryable(Exception):
+    """`error` ends the call unless another try is left."""
+
+    def __init__(self, error: RetryLimitError | TransportError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _run(request: _Request) -> Generator[Event, None, None]:
+    """The retry loop around _attempt(), and the only place that sleeps."""
+    delays = _backoff()
+    for attempt in itertools.count(1):
+        try:
+            yield from _attempt(request)
+            return
+        except TransportError as final:
+            final.attempts = attempt
+            raise
+        except _Retryable as failed:
+            error, cause = failed.error, failed.__cause__
+        error.attempts = attempt
+        delay = next(delays)
+        if isinstance(error, StatusError) and error.retry_after is not None:
+            delay = error.retry_after
+        if attempt > request.max_retries or delay > _LONGEST_RETRY_AFTER:
+            if attempt > 1:
+                error.args = (f"{error} ({attempt} attempts)",)
+            raise error from cause
+        _log.warning(
+            "%s; try %d of %d in %.2f s",
+            error,
+            attempt + 1,
+            request.max_retries + 1,
+            delay,
+        )
+        time.sleep(delay)
+
+
+def _backoff() -> Iterator[float]:
+    """0.2 s, doubling, each times 0.9 to 1.1 so that clients do not come back at once."""
+    import random
+
+    delay = _FIRST_BACKOFF
+    while True:
+        yield min(delay * random.uniform(0.9, 1.1), _LONGEST_BACKOFF)
+        delay = min(delay * 2, _LONGEST_BACKOFF)
+
+
+def _attempt(request: _Request) -> Generator[Event, None, None]:
+    """One request and its answer. Raises _Retryable where another try may help."""
+    if _log.isEnabledFor(logging.DEBUG):
+        shown = request.body[:_MAX_LOGGED].decode()  # json.dumps() wrote ASCII
+        _log.debug("POST %s %s", request.public_url, shown)
+    request_id = ""
+    reply = None
+    try:
+        reply = _open(request)
+        request_id = _find_request_id(reply.response.headers)
+        if not 200 <= reply.response.status < 300:
+            _raise_status(request, reply)
+        yield from _answer(request, reply, request_id)
+    except (_Retryable, ChatStreamError) as failed:
+        error = failed.error if isinstance(failed, _Retryable) else failed
+        error.request_id = request_id
+        _make_presentable(error, failed.__cause__, request.secrets)
+        raise
+    finally:
+        if reply is not None:
+            reply.close()
+
+
+#: The headers that name a request, the most telling first.
+_REQUEST_ID_HEADERS = (
+    "x-request-id",
+    "apim-request-id",
+    "x-ms-request-id",
+    "x-generation-id",
+    "x-litellm-call-id",
+    "cf-ray",
+)
+
+
+def _find_request_id(headers: Any) -> str:
+    found = (headers.get(name) for name in _REQUEST_ID_HEADERS)
+    return next((str(value) for value in found if value), "")
+
+
 def _presentable(value: Any, secrets: tuple[str, ...], depth: int = 0) -> Any:
     """The same value, fit to be shown: without secrets, and valid Unicode."""
     if isinstance(value, str):
@@ -893,88 +1050,6 @@ def _make_presentable(
         cause = cause.__cause__ or cause.__context__
 
 
-# --------------------------------------------------------------------------------------
-# Tries and waits
-# --------------------------------------------------------------------------------------
-
-
-class _Retryable(Exception):
-    """`error` ends the call unless another try is left; `wait` is what was asked for."""
-
-    def __init__(
-        self, error: RetryLimitError | TransportError, wait: float | None = None
-    ) -> None:
-        super().__init__(error)
-        self.error = error
-        self.wait = wait
-
-
-def _run(request: _Request) -> Generator[Event, None, None]:
-    """The retry loop around _attempt(), and the only place that sleeps."""
-    delays = _backoff()
-    for attempt in itertools.count(1):
-        try:
-            yield from _attempt(request)
-            return
-        except TransportError as final:
-            final.attempts = attempt
-            raise
-        except _Retryable as failed:
-            error, cause, wait = failed.error, failed.__cause__, failed.wait
-        error.attempts = attempt
-        delay = next(delays)
-        if wait is not None:
-            delay = wait
-        if attempt > request.max_retries or delay > _LONGEST_RETRY_AFTER:
-            raise error from cause
-        _log.warning(
-            "%s; try %d of %d in %.2f s",
-            error,
-            attempt + 1,
-            request.max_retries + 1,
-            delay,
-        )
-        time.sleep(delay)
-
-
-def _backoff() -> Iterator[float]:
-    """0.2 s, doubling, each times 0.9 to 1.1 so that clients do not come back at once."""
-    import random
-
-    delay = _FIRST_BACKOFF
-    while True:
-        yield min(delay * random.uniform(0.9, 1.1), _LONGEST_BACKOFF)
-        delay = min(delay * 2, _LONGEST_BACKOFF)
-
-
-def _attempt(request: _Request) -> Generator[Event, None, None]:
-    """One request and its answer. Raises _Retryable where another try may help."""
-    if _log.isEnabledFor(logging.DEBUG):
-        shown = request.body[
-            :_MAX_LOGGED
-        ].decode()  # ASCII: json.dumps() escapes the rest
-        _log.debug("POST %s %s", request.public_url, shown)
-    request_id = ""
-    reply = None
-    try:
-        reply = _open(request)
-        request_id = _find_request_id(reply.response.headers)
-        if not 200 <= reply.response.status < 300:
-            _raise_status(request, reply)
-        yield from _answer(request, reply, request_id)
-    except _Retryable as failed:
-        failed.error.request_id = request_id
-        _make_presentable(failed.error, failed.__cause__, request.secrets)
-        raise
-    except ChatStreamError as error:
-        error.request_id = request_id
-        _make_presentable(error, error.__cause__, request.secrets)
-        raise
-    finally:
-        if reply is not None:
-            reply.close()
-
-
 def _answer(
     request: _Request, reply: _Reply, request_id: str
 ) -> Generator[Event, None, None]:
@@ -988,7 +1063,7 @@ def _answer(
     first = next(events, None)
     if first is not None:
         yield first
-        yield from events
+        yield from events  # not a loop: this costs nothing per event
     _judge_end(request, state, first is not None)
     reasons = {
         c.index: c.finish_reason for c in state.choices.values() if c.finish_reason
@@ -1011,23 +1086,459 @@ def _answer(
 
 def _judge_end(request: _Request, state: _State, started: bool) -> None:
     """Raise or log what was wrong with the way the answer ended, if anything was."""
-    fault = state.fault
-    if state.done or (fault is None and state.finished):
+    if state.done or (state.fault is None and state.finished):
         return
-    if fault is None:
-        fault = TruncatedStreamError(
-            "the stream ended without a finish_reason: the answer may be cut"
-        )
-        fatal = request.strict
-    else:
-        fatal = request.strict or not state.finished
-    if not fatal:
+    fault = state.fault or TruncatedStreamError(
+        "the stream ended without a finish_reason: the answer may be cut"
+    )
+    # Broken off after its finish reason, or ended properly without one: bad if strict.
+    if not request.strict and (state.fault is None or state.finished):
         _log.warning("%s", fault)
     elif state.fault is None or started or isinstance(fault, IdleTimeoutError):
         raise fault
     else:
         broken = TransportError(f"{request.public_url}: {fault}")
         raise _Retryable(broken) from fault.__cause__
+
+
+# --------------------------------------------------------------------------------------
+# Transport: request -> http.client.HTTPResponse
+# --------------------------------------------------------------------------------------
+
+
+class _Reply:
+    """A reply whose headers are there, and what to do with its connection.
+
+    response: http.client.HTTPResponse, on both transports.
+    sock: the connection's socket, where the connection can be used again; else None.
+    errors: what reading may raise besides http.client's own errors.
+    file: what stands between the response and its socket, for a chunked body.
+    complete: set by _read_blocks() when the body has come to its proper end.
+    """
+
+    def __init__(
+        self,
+        response: Any,
+        sock: Any,
+        release: Callable[[bool], None],
+        errors: tuple[type[Exception], ...] = (),
+    ) -> None:
+        self.response = response
+        self.errors = errors
+        self.sock = sock
+        self.complete = False
+        self.file = _WatchedFile(response)
+        self._release = release
+
+    def drain(self, blocks: Iterator[bytes]) -> None:
+        """After [DONE]: read the end of the body if it is about to come."""
+        if self.sock is None or self.complete:
+            return
+        self.file.deadline = deadline = time.monotonic() + _GRACE_SECONDS
+        self.sock.settimeout(_GRACE_SECONDS)
+        for _ in blocks:
+            if time.monotonic() > deadline:
+                break
+
+    def close(self) -> None:
+        """Keep the connection for the next call if the body is read, else close it."""
+        self.response.close()
+        self._release(self.complete)
+
+
+class _WatchedFile:
+    """Takes the place of a chunked response's file, to see the lines around its chunks.
+
+    http.client takes an end of the connection for the end of the body once it has seen a
+    chunk size that begins with 0; and it reads trailers for as long as they come, which
+    `deadline` ends for drain().
+    """
+
+    def __init__(self, response: Any) -> None:
+        self.last_line: bytes = b""
+        self.deadline: float | None = None
+        file: Any = getattr(response, "fp", None)
+        self.chunked = False
+        if file is not None and response.chunked is True:
+            self.chunked = True
+            self.read, self.read1, self.close = file.read, file.read1, file.close
+            self.flush, self.fileno = file.flush, file.fileno
+            self._readline = file.readline
+            response.fp = self
+
+    def readline(self, limit: int = -1) -> bytes:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OSError("the body does not end")
+        self.last_line = self._readline(limit)
+        return self.last_line
+
+    @property
+    def ended(self) -> bool:
+        """RFC 9112, 7.1: the last chunk and the trailers end with an empty line."""
+        return not self.chunked or self.last_line in (b"\r\n", b"\n")
+
+
+class _Upload(io.BytesIO):
+    """The request's body, sent from a file so that each block has a timeout of its own.
+
+    Tells how far we got: before its first block we were still connecting.
+    """
+
+    sent = False
+
+    def read(self, size: int | None = -1) -> bytes:
+        block = super().read(size)
+        self.sent = not block  # more was asked for than there is: all was sent
+        return block
+
+
+def _open(request: _Request) -> _Reply:
+    """Connect, send, and wait for the headers."""
+    import http.client
+
+    urllib3: Any
+    try:
+        import urllib3
+    except ImportError:
+        urllib3 = None
+    errors = (urllib3.exceptions.HTTPError,) if urllib3 else ()
+
+    body = _Upload(request.body)
+    try:
+        if urllib3:
+            return _open_pooled(urllib3, request, body)
+        return _open_plain(request, body)
+    except (OSError, http.client.HTTPException, ValueError, *errors) as error:
+        cause = _root_cause(error)
+    text = f"{request.public_url}: {str(cause) or type(cause).__name__}"
+    if isinstance(cause, socket.timeout) and body.sent:
+        raise _idle_timeout(request.idle_timeout, "before the headers") from cause
+    if isinstance(cause, socket.timeout) and body.tell():
+        raise TransportError(f"{text} while sending the request") from cause
+    # By name: urllib3 1.26 has a CertificateError of its own.
+    if type(cause).__name__ in ("SSLCertVerificationError", "CertificateError"):
+        text += "; SSL_CERT_FILE=ca.pem makes a private certificate authority trusted"
+        raise TransportError(text) from cause
+    raise _Retryable(TransportError(text)) from cause
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error of the socket inside those that urllib3 puts around it."""
+    import http.client
+
+    while not isinstance(error, (OSError, http.client.HTTPException)):
+        inner = [item for item in error.args if isinstance(item, Exception)]
+        context = None if error.__suppress_context__ else error.__context__
+        found = (*inner, error.__cause__, context)
+        deeper = next((item for item in found if item is not None), None)
+        if deeper is None:
+            break
+        error = deeper
+    return error
+
+
+def _open_pooled(urllib3: Any, request: _Request, body: _Upload) -> _Reply:
+    """On urllib3, whose response keeps the http.client.HTTPResponse that we read."""
+    pool = request.pool
+    if pool is None:
+        proxy = _find_proxy(request)
+        pool = _shared_pool(urllib3, proxy, _tls_settings(request, proxy))
+    for name in ("urllib3.connectionpool", "urllib3.connection"):
+        logging.getLogger(name).addFilter(_hide_query)  # adds it once
+    answer = pool.urlopen(
+        "POST",
+        request.origin + request.target,
+        body=body,
+        headers=_merge_headers(
+            pool.headers or {},
+            request.headers,
+            {"Content-Length": str(len(request.body))},
+        ),
+        timeout=urllib3.Timeout(
+            connect=request.connect_timeout, read=request.idle_timeout
+        ),
+        retries=False,
+        redirect=False,
+        preload_content=False,
+        decode_content=False,
+    )
+    # Its own read1() costs three times as much (and 1.26 has none).
+    response = getattr(answer, "_original_response", None) or answer
+
+    def release(complete: bool) -> None:
+        if not complete:
+            answer.close()
+        answer.release_conn()
+
+    connection = answer.connection
+    errors = (urllib3.exceptions.HTTPError,)
+    return _Reply(response, connection and connection.sock, release, errors)
+
+
+@lru_cache(maxsize=16)
+def _shared_pool(urllib3: Any, proxy: _Proxy | None, tls: Any) -> Any:
+    """One pool for all calls with the same proxy and certificates."""
+    options: dict[str, Any] = {"maxsize": _POOL_SIZE}
+    if tls is not None and not urllib3.__version__.startswith("1."):
+        # 1.26 gives no host name to a context that wants one, where it is an IP address;
+        # with a context of its own it makes the same checks itself.
+        options["ssl_context"] = _tls_context(tls)
+        if proxy is not None and proxy.scheme == "https":
+            options["proxy_ssl_context"] = options["ssl_context"]
+    if proxy is None:
+        return urllib3.PoolManager(**options)
+    return urllib3.ProxyManager(proxy.url, proxy_headers=dict(proxy.headers), **options)
+
+
+if hasattr(os, "register_at_fork"):  # a forked child must not write to our connections
+    os.register_at_fork(after_in_child=_shared_pool.cache_clear)
+
+
+def _hide_query(record: logging.LogRecord) -> bool:
+    """urllib3 logs the target of a request whole; its query may hold a key (Gemini)."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            re.sub(r"(/chat/completions)\?\S*", r"\1", arg)
+            if isinstance(arg, str)
+            else arg
+            for arg in record.args
+        )
+    return True
+
+
+def _open_plain(request: _Request, body: _Upload) -> _Reply:
+    """On http.client: one connection a call."""
+    import http.client
+
+    proxy = _find_proxy(request)
+    peer = proxy or request
+    tls = _tls_settings(request, proxy)
+    headers = {**request.headers, "Content-Length": str(len(request.body))}
+    target = request.target
+    tunnel = proxy is not None and request.scheme == "https"
+    if proxy is not None and not tunnel:
+        target = request.origin + target  # RFC 9112, 3.2.2: absolute-form
+        headers.update(proxy.headers)
+    if tunnel and peer.scheme == "https":
+        raise TransportError("an https:// proxy for an https:// server needs urllib3")
+    connection: http.client.HTTPConnection
+    if peer.scheme == "https" or tunnel:
+        connection = http.client.HTTPSConnection(
+            peer.host,
+            peer.port,
+            timeout=request.connect_timeout,
+            context=_tls_context(tls),
+        )
+    else:
+        connection = http.client.HTTPConnection(
+            peer.host, peer.port, timeout=request.connect_timeout
+        )
+    if tunnel and proxy is not None:
+        connection.set_tunnel(request.host, request.port, dict(proxy.headers))
+    try:
+        connection.connect()
+        sock = connection.sock
+        # A server may refuse a large request before it has all of it.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            connection.request("POST", target, body=body, headers=headers)
+        sock.settimeout(request.idle_timeout)
+        response = connection.getresponse()
+    except BaseException:
+        connection.close()
+        raise
+    return _Reply(response, None, lambda complete: connection.close())
+
+
+class _Proxy(NamedTuple):
+    scheme: str
+    host: str
+    port: int
+    headers: tuple[tuple[str, str], ...]
+
+    @property
+    def url(self) -> str:
+        return _origin(self.scheme, self.host, self.port)
+
+
+def _find_proxy(request: _Request) -> _Proxy | None:
+    """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, as urllib.request reads them.
+
+    The proxy's credentials join request.secrets.
+    """
+    if not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None  # spares the import
+    import urllib.request
+    from base64 import b64encode
+    from urllib.parse import unquote, urlsplit
+
+    settings = urllib.request.getproxies_environment()
+    value = settings.get(request.scheme) or settings.get("all")
+    bypass: Any = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
+    if not value or bypass(f"{request.host}:{request.port}", settings):
+        return None
+    url = urlsplit(value if "://" in value else "http://" + value)
+    port: int | None = -1
+    with suppress(ValueError):
+        port = url.port
+    if port == -1:
+        raise TransportError("the proxy in the environment has a bad port")
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise TransportError(
+            f"the environment asks for a {url.scheme}:// proxy; http:// and https:// are "
+            "supported (for SOCKS pass pool=urllib3.contrib.socks.SOCKSProxyManager(...))"
+        )
+    headers: tuple[tuple[str, str], ...] = ()
+    if url.username is not None:
+        credentials = f"{unquote(url.username)}:{unquote(url.password or '')}".encode()
+        token = b64encode(credentials).decode()
+        request.secrets += (token, unquote(url.password or "") or token)
+        headers = (("Proxy-Authorization", f"Basic {token}"),)
+    return _Proxy(url.scheme, url.hostname, port or _DEFAULT_PORTS[url.scheme], headers)
+
+
+def _tls_settings(request: _Request, proxy: _Proxy | None) -> Any:
+    """What the certificates depend on; None where there is no TLS."""
+    if request.scheme != "https" and (proxy is None or proxy.scheme != "https"):
+        return None
+    return os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+
+
+@lru_cache(maxsize=16)
+def _tls_context(settings: Any) -> Any:
+    """One per `settings`, which OpenSSL reads itself; the same on both transports."""
+    import ssl
+
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+# --------------------------------------------------------------------------------------
+# Response -> bytes
+# --------------------------------------------------------------------------------------
+
+
+def _read_blocks(
+    reply: _Reply,
+    state: _State,
+    idle_timeout: float | None,
+    event_timeout: float | None,
+) -> Iterator[bytes]:
+    """The body as it arrives. Ends with `state.fault` set, or `reply.complete`.
+
+    read1() hands over what has come at once, also inside an HTTP chunk that is not whole
+    yet; readline() and iteration would wait for it, and hide a cut.
+    """
+    import http.client
+
+    response = reply.response
+    errors: tuple[type[Exception], ...] = (
+        *reply.errors,
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+    )
+    read1, monotonic = response.read1, time.monotonic
+    quiet = 0.0  # seconds spent waiting since the last chunk
+    while True:
+        started = monotonic()
+        try:
+            block = read1(_BLOCK_SIZE)
+        except errors as error:
+            cause = _root_cause(error)
+            state.fault = _cut(str(cause) or type(cause).__name__)
+            if isinstance(cause, http.client.IncompleteRead):  # says no more than that
+                state.fault = _cut("the connection ended, or its framing broke")
+            if isinstance(cause, socket.timeout):
+                state.fault = _idle_timeout(idle_timeout, "between two reads")
+            state.fault.__cause__ = cause
+            return
+        if reply.file.chunked and (response.chunk_left or 0) < 0:
+            state.fault = _cut("negative chunk size")  # int() lets it pass
+            return
+        if not block:
+            missing = getattr(response, "length", 0)
+            if missing:
+                state.fault = _cut(f"{missing} bytes short of its Content-Length")
+            elif not reply.file.ended:
+                state.fault = _cut("without its last chunk")
+            else:
+                reply.complete = True
+            return
+        quiet += monotonic() - started
+        yield block
+        if state.progress:
+            state.progress = False
+            quiet = 0.0
+        elif event_timeout is not None and quiet > event_timeout:
+            state.fault = IdleTimeoutError(
+                "idle timeout waiting for SSE: bytes, but no chunk "
+                f"for {event_timeout:g} s (event_timeout)",
+                seconds=event_timeout,
+            )
+            return
+
+
+def _idle_timeout(seconds: float | None, where: str) -> IdleTimeoutError:
+    seconds = seconds or 0.0
+    return IdleTimeoutError(
+        f"idle timeout waiting for SSE: silence {where} for {seconds:g} s (idle_timeout)",
+        seconds=seconds,
+    )
+
+
+def _cut(how: str) -> TruncatedStreamError:
+    return TruncatedStreamError(f"the answer was cut: {how}")
+
+
+def _decompress(
+    blocks: Iterator[bytes], state: _State, encoding: str
+) -> Iterator[bytes]:
+    """Undo a Content-Encoding that was not asked for (nginx: gzip), block by block."""
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return blocks
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise StreamError(
+            f"expected no Content-Encoding or gzip or deflate: {encoding!r}"
+        )
+    return _inflate(blocks, state)
+
+
+#: zlib's code for "the header tells".
+_ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS
+
+
+def _inflate(blocks: Iterator[bytes], state: _State) -> Iterator[bytes]:
+    inflater: Any = None
+    head = b""
+    for block in blocks:
+        if inflater is None:
+            head += block
+            if len(head) < 2:
+                continue
+            # RFC 1950 and 1952 begin in a known way; some servers' "deflate" is bare.
+            zlib_header = head[0] & 15 == 8 and (head[0] << 8 | head[1]) % 31 == 0
+            wrapped = zlib_header or head.startswith(b"\x1f\x8b")
+            inflater = zlib.decompressobj(_ZLIB_OR_GZIP if wrapped else -zlib.MAX_WBITS)
+            block = head
+        plain = block  # not empty; below: zlib may hold output back, its input used up
+        while plain:
+            try:
+                plain = inflater.decompress(block, _BLOCK_SIZE)
+            except zlib.error as error:
+                raise StreamError(
+                    f"the answer's compression is broken: {error}"
+                ) from error
+            if plain:
+                yield plain
+            block = inflater.unconsumed_tail
+            if inflater.eof:  # another gzip member may follow, or padding
+                plain = block = inflater.unused_data.lstrip(b"\0")
+                if block:
+                    inflater = zlib.decompressobj(_ZLIB_OR_GZIP)
+    if inflater is not None and not inflater.eof and state.fault is None:
+        state.fault = _cut("its compressed data is incomplete")
 
 
 # --------------------------------------------------------------------------------------
@@ -1050,19 +1561,18 @@ def _raise_status(request: _Request, reply: _Reply) -> None:
         location = re.split("[?#]", headers.get("location", ""))[0]
         location = re.sub("//.*@", "//", location)  # user:password
         text += f" (redirects are not followed; Location: {location})"
-    wait = _retry_after(headers)
     fields = {
         "status": status,
         "body": body,
         "message": message,
         "code": code,
-        "retry_after": wait,
+        "retry_after": _retry_after(headers),
     }
     retry = status in (408, 429) or status >= 500
     retry = {"true": True, "false": False}.get(headers.get("x-should-retry", ""), retry)
     if not retry or "insufficient_quota" in (code, kind):
         raise StatusError(text, **fields)
-    raise _Retryable(RetryLimitError(text, **fields), wait)
+    raise _Retryable(RetryLimitError(text, **fields))
 
 
 def _read_error_body(reply: _Reply) -> str:
@@ -1133,22 +1643,6 @@ def _seconds_until(date: str) -> float:
         return -1.0
 
 
-#: The headers that name a request, the most telling first.
-_REQUEST_ID_HEADERS = (
-    "x-request-id",
-    "apim-request-id",
-    "x-ms-request-id",
-    "x-generation-id",
-    "x-litellm-call-id",
-    "cf-ray",
-)
-
-
-def _find_request_id(headers: Any) -> str:
-    found = (headers.get(name) for name in _REQUEST_ID_HEADERS)
-    return next((str(value) for value in found if value), "")
-
-
 def _parse_json(text: str) -> Any:
     """-> the JSON value; None if the text is none (or null)."""
     try:
@@ -1215,494 +1709,6 @@ def _find_sentence(value: Any, depth: int = 0) -> str:
 
 
 # --------------------------------------------------------------------------------------
-# Transport: request -> http.client.HTTPResponse
-# --------------------------------------------------------------------------------------
-
-
-class _Reply:
-    """A reply whose headers are there, and what to do with its connection.
-
-    response: http.client.HTTPResponse, on both transports.
-    sock: the connection's socket, where the connection can be used again; else None.
-    complete: set by _read_blocks() when the body has come to its proper end.
-    """
-
-    def __init__(
-        self,
-        response: Any,
-        sock: Any,
-        release: Callable[[bool], None],
-        errors: tuple[type[Exception], ...] = (),
-    ) -> None:
-        self.response = response
-        self.errors = errors  # what reading may raise besides http.client's
-        self.sock = sock
-        self.complete = False
-        self.framing = _Framing(response)
-        self._release = release
-
-    def drain(self, blocks: Iterator[bytes]) -> None:
-        """After [DONE]: read the end of the body if it is about to come."""
-        if self.sock is None or self.complete:
-            return
-        self.framing.deadline = deadline = time.monotonic() + _GRACE_SECONDS
-        self.sock.settimeout(_GRACE_SECONDS)
-        for _ in blocks:
-            if time.monotonic() > deadline:
-                break
-
-    def close(self) -> None:
-        """Keep the connection for the next call if the body is read, else close it."""
-        self.response.close()
-        self._release(self.complete)
-
-
-class _Framing:
-    """Between http.client and its file: sees the lines around the chunks of a body.
-
-    http.client takes an end of the connection for the end of the body once it has seen a
-    chunk size that begins with 0; and reads trailers for as long as they come.
-    """
-
-    def __init__(self, response: Any) -> None:
-        self.last_line: bytes = b""
-        self.deadline: float | None = None
-        file: Any = getattr(response, "fp", None)
-        self.chunked = False
-        if file is not None and response.chunked is True:
-            self.chunked = True
-            self.read, self.read1, self.close = file.read, file.read1, file.close
-            self.flush, self.fileno = file.flush, file.fileno
-            self._readline = file.readline
-            response.fp = self
-
-    def readline(self, limit: int = -1) -> bytes:
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise OSError("the body does not end")
-        self.last_line = self._readline(limit)
-        return self.last_line
-
-    @property
-    def ended(self) -> bool:
-        """RFC 9112, 7.1: the last chunk and the trailers end with an empty line."""
-        return not self.chunked or self.last_line in (b"\r\n", b"\n")
-
-
-class _Upload(io.BytesIO):
-    """The request's body, sent from a file so that each block has a timeout of its own.
-
-    Tells how far we got: before its first block we were still connecting.
-    """
-
-    sent = False
-
-    def read(self, size: int | None = -1) -> bytes:
-        block = super().read(size)
-        self.sent = not block
-        return block
-
-
-def _open(request: _Request) -> _Reply:
-    """Connect, send, and wait for the headers."""
-    import http.client
-
-    urllib3: Any
-    try:
-        import urllib3
-    except ImportError:
-        urllib3 = None
-    errors = (urllib3.exceptions.HTTPError,) if urllib3 else ()
-
-    body = _Upload(request.body)
-    try:
-        if urllib3:
-            return _open_pooled(urllib3, request, body)
-        return _open_plain(request, body)
-    except (OSError, http.client.HTTPException, ValueError, *errors) as error:
-        cause = _root_cause(error)
-    text = f"{request.public_url}: {str(cause) or type(cause).__name__}"
-    if isinstance(cause, socket.timeout) and body.sent:
-        raise _idle_timeout(request.idle_timeout, "before the headers") from cause
-    if isinstance(cause, socket.timeout) and body.tell():
-        raise TransportError(f"{text} while sending the request") from cause
-    if type(cause).__name__ in ("SSLCertVerificationError", "CertificateError"):
-        text += "; SSL_CERT_FILE=ca.pem makes a private certificate authority trusted"
-        raise TransportError(text) from cause
-    raise _Retryable(TransportError(text)) from cause
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The error of the socket inside those that urllib3 puts around it."""
-    import http.client
-
-    while not isinstance(error, (OSError, http.client.HTTPException)):
-        inner = [item for item in error.args if isinstance(item, Exception)]
-        context = None if error.__suppress_context__ else error.__context__
-        found = (*inner, error.__cause__, context)
-        deeper = next((item for item in found if item is not None), None)
-        if deeper is None:
-            break
-        error = deeper
-    return error
-
-
-def _open_pooled(urllib3: Any, request: _Request, body: _Upload) -> _Reply:
-    """On urllib3, whose response keeps the http.client.HTTPResponse that we read."""
-    pool = request.pool
-    if pool is None:
-        proxy = _find_proxy(request)
-        pool = _shared_pool(urllib3, proxy, _tls_settings(request, proxy))
-    answer = pool.urlopen(
-        "POST",
-        request.origin + request.target,
-        body=body,
-        headers=_merge_headers(
-            pool.headers or {},
-            request.headers,
-            {"Content-Length": str(len(request.body))},
-        ),
-        timeout=urllib3.Timeout(
-            connect=request.connect_timeout, read=request.idle_timeout
-        ),
-        retries=False,
-        redirect=False,
-        preload_content=False,
-        decode_content=False,
-    )
-    # Its own read1() costs three times as much (and 1.26 has none).
-    response = getattr(answer, "_original_response", None) or answer
-
-    def release(complete: bool) -> None:
-        if not complete:
-            answer.close()
-        answer.release_conn()
-
-    connection = answer.connection
-    errors = (urllib3.exceptions.HTTPError,)
-    return _Reply(response, connection and connection.sock, release, errors)
-
-
-@lru_cache(maxsize=16)
-def _shared_pool(urllib3: Any, proxy: _Proxy | None, tls: Any) -> Any:
-    """One pool for all calls with the same proxy and certificates."""
-    options: dict[str, Any] = {"maxsize": _POOL_SIZE}
-    if tls is not None and not urllib3.__version__.startswith("1."):
-        # 1.26 gives no host name to a context that wants one, where it is an IP address;
-        # with a context of its own it makes the same checks itself.
-        options["ssl_context"] = _tls_context(tls)
-        if proxy is not None and proxy.scheme == "https":
-            options["proxy_ssl_context"] = options["ssl_context"]
-    for name in ("urllib3.connectionpool", "urllib3.connection"):
-        logging.getLogger(name).addFilter(_hide_query)
-    if proxy is None:
-        return urllib3.PoolManager(**options)
-    return urllib3.ProxyManager(proxy.url, proxy_headers=dict(proxy.headers), **options)
-
-
-def _hide_query(record: logging.LogRecord) -> bool:
-    """urllib3 logs the target of a request whole; its query may hold a key (Gemini)."""
-    if isinstance(record.args, tuple):
-        record.args = tuple(
-            re.sub(r"(/chat/completions)\?\S*", r"\1", arg)
-            if isinstance(arg, str)
-            else arg
-            for arg in record.args
-        )
-    return True
-
-
-if hasattr(os, "register_at_fork"):  # a forked child must not write to our connections
-    os.register_at_fork(after_in_child=_shared_pool.cache_clear)
-
-
-def _open_plain(request: _Request, body: _Upload) -> _Reply:
-    """On http.client: one connection a call."""
-    import http.client
-
-    proxy = _find_proxy(request)
-    peer = proxy or request
-    tls = _tls_settings(request, proxy)
-    headers = {**request.headers, "Content-Length": str(len(request.body))}
-    target = request.target
-    tunnel = proxy is not None and request.scheme == "https"
-    if proxy is not None and not tunnel:
-        target = request.origin + target  # RFC 9112, 3.2.2: absolute-form
-        headers.update(proxy.headers)
-    if tunnel and peer.scheme == "https":
-        raise TransportError("an https:// proxy for an https:// server needs urllib3")
-    connection: http.client.HTTPConnection
-    if peer.scheme == "https" or tunnel:
-        connection = http.client.HTTPSConnection(
-            peer.host,
-            peer.port,
-            timeout=request.connect_timeout,
-            context=_tls_context(tls),
-        )
-    else:
-        connection = http.client.HTTPConnection(
-            peer.host, peer.port, timeout=request.connect_timeout
-        )
-    if tunnel and proxy is not None:
-        connection.set_tunnel(request.host, request.port, dict(proxy.headers))
-    try:
-        connection.connect()
-        sock = connection.sock
-        # A server may refuse a large request before it has all of it.
-        with suppress(BrokenPipeError, ConnectionResetError):
-            connection.request("POST", target, body=body, headers=headers)
-        sock.settimeout(request.idle_timeout)
-        response = connection.getresponse()
-    except BaseException:
-        connection.close()
-        raise
-    return _Reply(response, None, lambda complete: connection.close())
-
-
-class _Proxy(NamedTuple):
-    scheme: str
-    host: str
-    port: int
-    headers: tuple[tuple[str, str], ...]
-
-    @property
-    def url(self) -> str:
-        return _origin(self.scheme, self.host, self.port)
-
-
-def _find_proxy(request: _Request) -> _Proxy | None:
-    """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, as urllib.request reads them."""
-    if not any(name.lower().endswith("_proxy") for name in os.environ):
-        return None  # spares the import
-    import urllib.request
-    from base64 import b64encode
-    from urllib.parse import unquote, urlsplit
-
-    settings = urllib.request.getproxies_environment()
-    value = settings.get(request.scheme) or settings.get("all")
-    bypass: Any = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
-    if not value or bypass(f"{request.host}:{request.port}", settings):
-        return None
-    url = urlsplit(value if "://" in value else "http://" + value)
-    port: int | None = -1
-    with suppress(ValueError):
-        port = url.port
-    if port == -1:
-        raise TransportError("the proxy in the environment has a bad port")
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise TransportError(
-            f"the environment asks for a {url.scheme}:// proxy; http:// and https:// are "
-            "supported (for SOCKS pass pool=urllib3.contrib.socks.SOCKSProxyManager(...))"
-        )
-    headers: tuple[tuple[str, str], ...] = ()
-    if url.username is not None:
-        credentials = f"{unquote(url.username)}:{unquote(url.password or '')}".encode()
-        token = b64encode(credentials).decode()
-        request.secrets += (token, unquote(url.password or "") or token)
-        headers = (("Proxy-Authorization", f"Basic {token}"),)
-    return _Proxy(url.scheme, url.hostname, port or _DEFAULT_PORTS[url.scheme], headers)
-
-
-def _tls_settings(request: _Request, proxy: _Proxy | None) -> Any:
-    """What the certificates depend on; None where there is no TLS."""
-    if request.scheme != "https" and (proxy is None or proxy.scheme != "https"):
-        return None
-    return os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
-
-
-@lru_cache(maxsize=16)
-def _tls_context(settings: Any) -> Any:
-    """The same checks on both transports. OpenSSL itself reads the two variables."""
-    import ssl
-
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    return context
-
-
-# --------------------------------------------------------------------------------------
-# The state of one answer, which the layers below share
-# --------------------------------------------------------------------------------------
-
-
-class _Call:
-    """A tool call being assembled."""
-
-    __slots__ = ("position", "id", "name", "has_arguments")
-
-    def __init__(self, position: int) -> None:
-        self.position = position
-        self.id = ""
-        self.name = ""
-        self.has_arguments = False
-
-
-class _Choice:
-    """What is known of one choice."""
-
-    __slots__ = ("index", "finish_reason", "streamed", "calls", "pointers")
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.finish_reason = ""
-        self.streamed = False  # something was yielded for it
-        self.calls: list[_Call] = []
-        self.pointers: dict[int, _Call] = {}  # the server's index -> the call
-
-
-class _State:
-    """What is known of one answer."""
-
-    def __init__(self, strict: bool, raw: bool, content_type: str) -> None:
-        self.strict = strict
-        self.raw = raw
-        self.content_type = content_type
-        self.response_id = ""
-        self.model = ""
-        self.usage: Usage | None = None
-        self.choices: dict[int, _Choice] = {}
-        self.skipped = 0
-        self.done = False  # [DONE] has come
-        #: A chunk has come since _read_blocks() last looked.
-        self.progress = False
-        #: Why no more bytes come, other than by a proper end. Kept, not raised, so that
-        #: what arrived whole is yielded first.
-        self.fault: StreamError | None = None
-        #: First halves of surrogate pairs, by the kind of text they belong to.
-        self.halves: dict[tuple[Any, ...], str] = {}
-
-    @property
-    def finished(self) -> bool:
-        choices = self.choices.values()
-        return self.done or bool(choices) and all(c.finish_reason for c in choices)
-
-
-# --------------------------------------------------------------------------------------
-# Response -> bytes
-# --------------------------------------------------------------------------------------
-
-
-def _read_blocks(
-    reply: _Reply,
-    state: _State,
-    idle_timeout: float | None,
-    event_timeout: float | None,
-) -> Iterator[bytes]:
-    """The body as it arrives. Ends with `state.fault` set, or `reply.complete`.
-
-    read1() hands over what has come at once, also inside an HTTP chunk that is not whole
-    yet; readline() and iteration would wait for it, and hide a cut.
-    """
-    import http.client
-
-    response = reply.response
-    errors: tuple[type[Exception], ...] = (
-        *reply.errors,
-        OSError,
-        http.client.HTTPException,
-        ValueError,
-    )
-    chunked = getattr(response, "chunked", False) is True
-    read1, monotonic = response.read1, time.monotonic
-    quiet = 0.0  # seconds spent waiting since the last chunk
-    while True:
-        started = monotonic()
-        try:
-            block = read1(_BLOCK_SIZE)
-        except errors as error:
-            cause = _root_cause(error)
-            state.fault = _cut(str(cause) or type(cause).__name__)
-            if isinstance(cause, socket.timeout):
-                state.fault = _idle_timeout(idle_timeout, "between two reads")
-            state.fault.__cause__ = cause
-            return
-        if chunked and (response.chunk_left or 0) < 0:
-            state.fault = _cut("negative chunk size")  # int() lets it pass
-            return
-        if not block:
-            missing = getattr(response, "length", 0)
-            if missing:
-                state.fault = _cut(f"{missing} bytes short of its Content-Length")
-            elif not reply.framing.ended:
-                state.fault = _cut("without its last chunk")
-            else:
-                reply.complete = True
-            return
-        quiet += monotonic() - started
-        yield block
-        if state.progress:
-            state.progress = False
-            quiet = 0.0
-        elif event_timeout is not None and quiet > event_timeout:
-            state.fault = IdleTimeoutError(
-                "idle timeout waiting for SSE: bytes, but no chunk "
-                f"for {event_timeout:g} s (event_timeout)",
-                seconds=event_timeout,
-            )
-            return
-
-
-def _idle_timeout(seconds: float | None, where: str) -> IdleTimeoutError:
-    seconds = seconds or 0.0
-    return IdleTimeoutError(
-        f"idle timeout waiting for SSE: silence {where} for {seconds:g} s (idle_timeout)",
-        seconds=seconds,
-    )
-
-
-def _cut(how: str) -> TruncatedStreamError:
-    return TruncatedStreamError(f"the answer was cut: {how}")
-
-
-def _decompress(
-    blocks: Iterator[bytes], state: _State, encoding: str
-) -> Iterator[bytes]:
-    """Undo a Content-Encoding that was not asked for (nginx: gzip), block by block."""
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return blocks
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise StreamError(
-            f"expected no Content-Encoding or gzip or deflate: {encoding!r}"
-        )
-    return _inflate(blocks, state)
-
-
-def _inflate(blocks: Iterator[bytes], state: _State) -> Iterator[bytes]:
-    inflater: Any = None
-    head = b""
-    for block in blocks:
-        if inflater is None:
-            head += block
-            if len(head) < 2:
-                continue
-            # RFC 1950 and 1952 begin in a known way; some servers' "deflate" is bare.
-            zlib_header = head[0] & 15 == 8 and (head[0] << 8 | head[1]) % 31 == 0
-            wrapped = zlib_header or head.startswith(b"\x1f\x8b")
-            inflater, block, head = (
-                zlib.decompressobj(47 if wrapped else -15),
-                head,
-                b"",
-            )
-        plain = block
-        while plain:
-            try:
-                plain = inflater.decompress(block, _BLOCK_SIZE)
-            except zlib.error as error:
-                raise StreamError(
-                    f"the answer's compression is broken: {error}"
-                ) from error
-            if plain:
-                yield plain
-            block = inflater.unconsumed_tail
-            if inflater.eof:  # another gzip member may follow, or padding
-                plain = block = inflater.unused_data.lstrip(b"\0")
-                if block:
-                    inflater = zlib.decompressobj(47)
-    if inflater is not None and not inflater.eof and state.fault is None:
-        state.fault = _cut("its compressed data is incomplete")
-
-
-# --------------------------------------------------------------------------------------
 # Bytes -> lines -> SSE events
 # --------------------------------------------------------------------------------------
 
@@ -1745,7 +1751,7 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 #: What _split_events() finds: an event's data; an error's; [DONE]; a body that is not
 #: SSE; the same where comments or fields stood beside it.
-_DATA, _ERROR, _DONE, _BODY, _REST = "data", "error", "done", "body", "rest"
+_DATA, _ERROR, _DONE, _BODY, _STRAY = "data", "error", "done", "body", "stray"
 
 
 def _split_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
@@ -1776,7 +1782,7 @@ def _split_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
             data.append(value)
         elif not line:
             if data:
-                yield kind, data[0] if len(data) == 1 else b"\n".join(data)
+                yield kind, b"\n".join(data)
                 data = []
             kind = _DATA
         else:
@@ -1797,7 +1803,7 @@ def _split_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
     if data:
         yield kind, b"\n".join(data)
     elif other:
-        yield _REST if is_sse else _BODY, b"\n".join(other)
+        yield _STRAY if is_sse else _BODY, b"\n".join(other)
 
 
 def _check_size(size: int) -> None:
@@ -1815,12 +1821,13 @@ def _check_size(size: int) -> None:
 def _read_events(
     sse_events: Iterable[tuple[str, bytes]], state: _State
 ) -> Iterator[Event]:
+    """Chunks -> events. match() and _learn() spare the JSON parser where the result is
+    known without it (see "The shortcut" below); without them all is the same."""
     match: _Matcher = _match_nothing
     unused = 0  # matchers in a row that never matched
-    events: list[Event]
     for kind, data in sse_events:
-        event = match(data)
-        if event is not None and kind is _DATA:
+        event = match(data) if kind is _DATA else None
+        if event is not None:
             state.progress = True
             unused = 0
             yield event
@@ -1836,8 +1843,7 @@ def _read_events(
             state.progress = True
             if state.raw:
                 yield Chunk(chunk)
-            events = []
-            _read_chunk(state, chunk, events)
+            events = _read_chunk(state, chunk)
             yield from events
             if _is_error(chunk):
                 yield from _flush_halves(state)
@@ -1847,9 +1853,7 @@ def _read_events(
                 unused += match is not _match_nothing
     yield from _flush_halves(state)
     if state.skipped:
-        _log.warning(
-            "skipped %d pieces of data that are no JSON objects", state.skipped
-        )
+        _log.warning("skipped data that is no JSON object, %d time(s)", state.skipped)
 
 
 #: Not strict: control characters may stand in a string as they are (VT, FF).
@@ -1873,7 +1877,7 @@ def _parse_chunks(kind: str, data: bytes, state: _State) -> Iterator[dict[str, A
         if chunk is not None and ("choices" in chunk or _is_error(chunk)):
             yield chunk
         elif data.strip() and state.fault is None:
-            _refuse_body(kind, data, state.content_type)
+            _check_body(kind, data, state.content_type)
     elif chunk is not None:
         yield chunk
     else:
@@ -1889,10 +1893,13 @@ def _parse_chunks(kind: str, data: bytes, state: _State) -> Iterator[dict[str, A
                     raise MalformedChunkError(shown, data=text)
 
 
-def _refuse_body(kind: str, data: bytes, content_type: str) -> None:
+def _check_body(kind: str, data: bytes, content_type: str) -> None:
+    """Raise for a body that is no event stream; for lines beside SSE only if they are an
+    error."""
     text = data.decode("utf-8", "replace").strip()
-    if _is_error(_first_dict(_parse_json(text))):  # Gemini: [{"error": ...}]
-        raise _server_error(data)
+    parsed = _parse_json(text)
+    if _is_error(_first_dict(parsed)):  # Gemini: [{"error": ...}]
+        raise _server_error(data, parsed)
     if kind is _BODY:
         shown = content_type or "no content type"
         raise StreamError(f"expected an event stream, got {shown!r}: {text[:200]!r}")
@@ -1912,9 +1919,9 @@ def _is_error(chunk: dict[str, Any]) -> bool:
     )
 
 
-def _server_error(data: bytes, chunk: dict[str, Any] | None = None) -> ServerError:
+def _server_error(data: bytes, parsed: Any = None) -> ServerError:
     text = data.decode("utf-8", "replace")
-    raw: Any = chunk if chunk is not None else _parse_json(text)
+    raw = parsed if parsed is not None else _parse_json(text)
     if raw is None:
         raw = text
     message, code, kind = _describe_error(raw)
@@ -1929,8 +1936,12 @@ def _server_error(data: bytes, chunk: dict[str, Any] | None = None) -> ServerErr
     )
 
 
-def _read_chunk(state: _State, chunk: dict[str, Any], events: list[Event]) -> None:
-    """Append what the chunk says to `events` and to `state`."""
+def _read_chunk(state: _State, chunk: dict[str, Any]) -> list[Event]:
+    """-> the chunk's events; the rest of what it says goes to `state`.
+
+    The functions below append to the list `events`.
+    """
+    events: list[Event] = []
     if not state.response_id:
         state.response_id = _str(chunk.get("id"))
     if not state.model:
@@ -1946,6 +1957,7 @@ def _read_chunk(state: _State, chunk: dict[str, Any], events: list[Event]) -> No
     if "x_groq" in chunk:
         _read_usage(state, _first_dict(chunk["x_groq"]).get("usage"))
     _read_usage(state, chunk.get("usage"))
+    return events
 
 
 def _str(value: Any) -> str:
@@ -2163,24 +2175,27 @@ def _find_call(choice: _Choice, index: Any, id: str, name: str) -> _Call:
     all have index 0: there a name with a new id is a new call; so is another name without
     an id after arguments (LiteLLM for Ollama).
     """
-    calls, pointers = choice.calls, choice.pointers
+    calls, by_index = choice.calls, choice.by_index
     call: _Call | None
     if type(index) is int:
-        call = pointers.get(index)
+        call = by_index.get(index)
     else:
         index = None
         call = next((c for c in calls if id and c.id == id), None)
         if call is None and calls and not name:
             call = calls[-1]
     if call is not None and name and call.name:
-        renamed = call.has_arguments and name != call.name
-        if (id != call.id) if id else renamed:
+        if id:
+            another = id != call.id
+        else:
+            another = call.has_arguments and name != call.name
+        if another:
             call = None
     if call is None:
         call = _Call(len(calls))
         calls.append(call)
         if index is not None:
-            pointers[index] = call
+            by_index[index] = call
     return call
 
 
@@ -2395,6 +2410,8 @@ class _Draft:
 
 
 def _aggregate(events: Iterator[Event], deltas: bool) -> Generator[Event, None, None]:
+    """The first event is a dummy, which aggregate() takes: a generator that was never
+    started runs no `finally`, and `events` is to be closed in any case."""
     drafts: dict[int, _Draft] = {}
 
     def draft(choice: int) -> _Draft:
@@ -2410,7 +2427,7 @@ def _aggregate(events: Iterator[Event], deltas: bool) -> Generator[Event, None, 
         ]
 
     try:
-        yield Completed()  # for aggregate() alone
+        yield Completed()  # the dummy
         for event in events:
             if isinstance(event, TextDelta):
                 draft(event.choice).content.write(event.text)
@@ -2498,7 +2515,8 @@ def _answer_command(args: Any) -> int:
         os.fsencode(word).decode("utf-8", "replace") for word in args.prompt
     )
     if prompt in ("", "-"):
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
+        read = sys.stdin.buffer.read() if sys.stdin else b""
+        prompt = read.decode("utf-8", "replace").rstrip("\r\n")
     if args.demo:
         os.environ["no_proxy"] = "*"
         args.base_url, args.provider = _serve_demo(), None

@@ -1506,6 +1506,16 @@ def test_pool_of_the_callers():
 
 
 @needs_urllib3
+def test_urllib3_logs_no_query_either(caplog):
+    caplog.set_level(logging.DEBUG)
+    with Server([reply(PLAIN)]) as server, urllib3.PoolManager() as pool:
+        list(ask(server, pool=pool, base_url=server.url + "?key=token-in-url"))
+    text = "\n".join(r.getMessage() for r in caplog.records)
+    assert "/v1/chat/completions" in text
+    assert "token-in-url" not in text
+
+
+@needs_urllib3
 def test_a_blocking_pool_gets_its_slots_back():
     with Server([UNFINISHED, CLOSE], [error("400 Bad", {})], [reply(PLAIN)]) as server:
         with urllib3.PoolManager(maxsize=1, block=True) as pool:
@@ -1654,6 +1664,7 @@ URL = "http://127.0.0.1:9/v1"
         ({"instructions": 5}, TypeError, "instructions"),
         ({"base_url": "127.0.0.1/v1"}, ValueError, "base_url"),
         ({"base_url": "ftp://x/v1"}, ValueError, "base_url"),
+        ({"base_url": "", "provider": "ollama"}, ValueError, "base_url"),
         ({"base_url": "http://"}, ValueError, "base_url"),
         ({"base_url": "http://x:99999/"}, ValueError, "base_url"),
         ({"base_url": "http://x:0/"}, ValueError, "base_url"),
