@@ -2497,6 +2497,8 @@ exit status: 0 done; 1 an error; 2 a wrong argument; 3 the answer ended early
 
 def _main(argv: list[str] | None = None) -> int:
     """The command `chatstream`. -> exit status."""
+    if sys.stderr is None:  # closed by the shell (2>&-)
+        sys.stderr = io.StringIO()
     for output in (sys.stdout, sys.stderr):  # an ASCII terminal must not end the answer
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")
@@ -2546,9 +2548,7 @@ def _answer_command(args: Any) -> int:
 
 
 def _show_text(events: Iterable[Event]) -> int:
-    dim, normal = (
-        ("\x1b[2m", "\x1b[0m") if sys.stderr and sys.stderr.isatty() else ("", "")
-    )
+    dim, normal = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     last = "\n"  # what stdout ends with
     finish_reason = None
     for event in aggregate(events, deltas=True):

@@ -19,6 +19,7 @@ import pathlib
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -2649,21 +2650,24 @@ def test_cli_closed_pipe_is_quiet():
 def test_cli_closed_pipe_and_an_error(option):
     with Server([error("400 No", {})]) as server:
         args = ["-m", "m", "-u", server.url, *option, "x"]
-        script = " ".join([sys.executable, "chatstream.py", *args, "| true"])
+        script = shlex.join([sys.executable, "chatstream.py", *args]) + " | true"
         run = subprocess.run(script, shell=True, cwd=HERE, capture_output=True)
     assert b"Traceback" not in run.stderr
 
 
 def test_cli_without_standard_streams():
-    with Server([reply(PLAIN)]) as server:
-        start = f"{sys.executable} chatstream.py -m m -u {server.url}"
-        run = subprocess.run(
-            f"{start} x 2>&-", shell=True, cwd=HERE, capture_output=True
+    def run(arguments):
+        command = f"{shlex.quote(sys.executable)} chatstream.py -m m -u {server.url}"
+        done = subprocess.run(
+            f"{command} {arguments}", shell=True, cwd=HERE, capture_output=True
         )
-        assert (run.returncode, run.stdout) == (0, b"ab\n")
-        run = subprocess.run(f"{start} <&-", shell=True, cwd=HERE, capture_output=True)
-        assert run.returncode == 2
-        assert b"Traceback" not in run.stderr
+        assert b"Traceback" not in done.stderr
+        return done.returncode, done.stdout
+
+    with Server([reply(PLAIN)], [error("400 No", {})]) as server:
+        assert run("<&-") == (2, b"")
+        assert run("x 2>&-") == (0, b"ab\n")
+        assert run("x 2>&-") == (1, b"")
 
 
 def test_cli_closed_pipe_in_process(monkeypatch):
