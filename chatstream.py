@@ -856,7 +856,7 @@ _SECRET_NAMES = ("auth", "key", "token", "secret", "cookie")
 def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[str, ...]:
     """What must not be seen in an error, even if the server sends it back.
 
-    Shorter than six characters is a dummy ("none"), and would be found everywhere.
+    Shorter than eight characters is a dummy ("ollama"), and would be found everywhere.
     """
     from urllib.parse import unquote
 
@@ -867,7 +867,7 @@ def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[st
     for pair in target.partition("?")[2].split("&"):
         value = pair.partition("=")[2]
         found += [value, unquote(value)]
-    return tuple(sorted({s for s in found if len(s) >= 6}, key=len, reverse=True))
+    return tuple(sorted({s for s in found if len(s) >= 8}, key=len, reverse=True))
 
 
 # --------------------------------------------------------------------------------------
@@ -1537,7 +1537,8 @@ def _inflate(blocks: Iterator[bytes], state: _State) -> Iterator[bytes]:
                 plain = block = inflater.unused_data.lstrip(b"\0")
                 if block:
                     inflater = zlib.decompressobj(_ZLIB_OR_GZIP)
-    if inflater is not None and not inflater.eof and state.fault is None:
+    whole = inflater.eof if inflater else not head
+    if not whole and state.fault is None:
         state.fault = _cut("its compressed data is incomplete")
 
 
@@ -2620,7 +2621,11 @@ def _serve_demo() -> str:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            pass  # the client has left, which is no news
+
+    server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_address[1]}/v1"
 

@@ -945,6 +945,12 @@ def test_a12_other_encodings(transport, header, body, text):
     assert text in str(failure)
 
 
+def test_a12_gzip_of_one_byte_is_a_cut(transport):
+    with Server([reply(b"\x1f", "200 OK", "Content-Encoding: gzip")]) as server:
+        got, failure = collect(ask(server))
+    assert (got, type(failure)) == ([], cs.TransportError)
+
+
 def test_a12_truncated_gzip_is_a_cut(transport):
     body = gzip.compress(sse(C("a"), *[C(str(i)) for i in range(500)]))[:-20]
     with Server([reply(body, "200 OK", "Content-Encoding: gzip")]) as server:
