@@ -247,7 +247,7 @@ def clean_environment(monkeypatch, request):
     monkeypatch.delenv("CHATSTREAM_MODEL", raising=False)
     yield
     cs._shared_pool.cache_clear()
-    old = sys.version_info < (3, 12) or urllib3 and urllib3.__version__ < "2"
+    old = sys.version_info < (3, 10) or urllib3 and urllib3.__version__ < "2"
     if old and re.search("tls|proxy", request.node.name):
         with warnings.catch_warnings():  # they leave sockets of failed connects open
             warnings.simplefilter("ignore")
@@ -430,11 +430,11 @@ def test_ref_the_last_transport_error_is_raised(transport, sleeps):
 def test_ref_idle_timeout(transport, script):
     with Server(script) as server:
         started = time.monotonic()
-        got, failure = collect(ask(server, idle_timeout=0.3, max_retries=4))
-        assert time.monotonic() - started >= 0.3
+        got, failure = collect(ask(server, idle_timeout=0.2, max_retries=4))
+        assert time.monotonic() - started >= 0.2
     assert type(failure) is cs.IdleTimeoutError
     assert isinstance(failure, TimeoutError)
-    assert failure.seconds == 0.3
+    assert failure.seconds == 0.2
     assert "idle timeout waiting for SSE" in str(failure)
     assert len(server.requests) == 1
     assert got == ([SPOKEN] if len(script[0]) > len(CHUNKED) else [])
@@ -1074,9 +1074,9 @@ UNFINISHED = CHUNKED + chunked(sse(C("a")))
 @pytest.mark.parametrize("end", [CLOSE, RESET, HOLD])
 def test_a_finished_answer_survives_what_comes_then(transport, end, caplog):
     with Server([FINISHED, 0.1, end]) as server:
-        assert list(ask(server, idle_timeout=0.5)) == [A, END]
+        assert list(ask(server, idle_timeout=0.35)) == [A, END]
         assert len(warnings_in(caplog)) == 1
-        got, failure = collect(ask(server, idle_timeout=0.5, strict=True))
+        got, failure = collect(ask(server, idle_timeout=0.35, strict=True))
     assert got == [A]
     wanted = cs.IdleTimeoutError if end == HOLD else cs.TruncatedStreamError
     assert type(failure) is wanted
@@ -1085,7 +1085,7 @@ def test_a_finished_answer_survives_what_comes_then(transport, end, caplog):
 def test_silence_while_one_choice_is_unfinished(transport):
     body = sse(C("a"), C("b", index=1), STOP)
     with Server([CHUNKED + chunked(body), HOLD]) as server:
-        got, failure = collect(ask(server, idle_timeout=0.3))
+        got, failure = collect(ask(server, idle_timeout=0.2))
     assert (got, type(failure)) == ([A, TextDelta("b", 1)], cs.IdleTimeoutError)
 
 
@@ -1429,7 +1429,7 @@ def test_a_dead_pooled_connection_costs_nothing():
 )
 def test_after_an_error_the_next_call_works(transport, bad):
     with Server(bad, [reply(PLAIN)]) as server:
-        assert collect(ask(server, idle_timeout=0.3))[1] is not None
+        assert collect(ask(server, idle_timeout=0.2))[1] is not None
         assert list(ask(server)) == [A, B, END]
 
 
@@ -1567,7 +1567,7 @@ def test_without_the_private_name_the_public_read1_serves(monkeypatch):
         assert list(ask(server)) == [A, B, END]
         got, failure = collect(ask(server))
         assert (got, type(failure)) == ([A], cs.TruncatedStreamError)
-        got, failure = collect(ask(server, idle_timeout=0.3))
+        got, failure = collect(ask(server, idle_timeout=0.2))
         assert (got, type(failure)) == ([A], cs.IdleTimeoutError)
         assert type(collect(ask(server))[1]) is cs.StatusError
 
