@@ -1545,31 +1545,30 @@ def test_the_headers_through_an_http_proxy_are_sent_once(monkeypatch):
     assert proxy.requests[0].header("Host") == "zz"
 
 
-@needs_urllib3
-def test_without_the_private_name_the_public_read1_serves(monkeypatch):
-    if not hasattr(urllib3.response.HTTPResponse, "read1"):
-        pytest.skip("urllib3 1.26 has no read1")
-    real = urllib3.PoolManager.urlopen
+if urllib3 and hasattr(urllib3.response.HTTPResponse, "read1"):  # 1.26 has none
 
-    def urlopen(*args, **kwargs):
-        response = real(*args, **kwargs)
-        response._original_response = None
-        return response
+    def test_without_the_private_name_the_public_read1_serves(monkeypatch):
+        real = urllib3.PoolManager.urlopen
 
-    monkeypatch.setattr(urllib3.PoolManager, "urlopen", urlopen)
-    scripts = (
-        [reply(PLAIN)],
-        [UNFINISHED, CLOSE],
-        [UNFINISHED, HOLD],
-        [error("400 No", {})],
-    )
-    with Server(*scripts) as server:
-        assert list(ask(server)) == [A, B, END]
-        got, failure = collect(ask(server))
-        assert (got, type(failure)) == ([A], cs.TruncatedStreamError)
-        got, failure = collect(ask(server, idle_timeout=0.2))
-        assert (got, type(failure)) == ([A], cs.IdleTimeoutError)
-        assert type(collect(ask(server))[1]) is cs.StatusError
+        def urlopen(*args, **kwargs):
+            response = real(*args, **kwargs)
+            response._original_response = None
+            return response
+
+        monkeypatch.setattr(urllib3.PoolManager, "urlopen", urlopen)
+        scripts = (
+            [reply(PLAIN)],
+            [UNFINISHED, CLOSE],
+            [UNFINISHED, HOLD],
+            [error("400 No", {})],
+        )
+        with Server(*scripts) as server:
+            assert list(ask(server)) == [A, B, END]
+            got, failure = collect(ask(server))
+            assert (got, type(failure)) == ([A], cs.TruncatedStreamError)
+            got, failure = collect(ask(server, idle_timeout=0.2))
+            assert (got, type(failure)) == ([A], cs.IdleTimeoutError)
+            assert type(collect(ask(server))[1]) is cs.StatusError
 
 
 # --------------------------------------------------------------------------------------
