@@ -873,14 +873,27 @@ def test_error_row_over_a_socket(transport, row):
     assert isinstance(failure.raw, (dict, list)) or failure.raw == "boom"
 
 
-@pytest.mark.parametrize("row, chunks, expected", CALL_ROWS, ids=ids(CALL_ROWS))
-def test_call_row(transport, row, chunks, expected):
-    with Server([reply(sse(*chunks, DONE))]) as server:
-        message, _ = cs.aggregate(ask(server))
+def check_calls(message, expected):
     got = [(c.id, c.name, c.arguments) for c in message.tool_calls]
     assert [g[1:] for g in got] == [e[1:] for e in expected]
     assert all(e[0] in (None, g[0]) for g, e in zip(got, expected))
     assert len({g[0] for g in got} - {""}) == len(got)
+
+
+@pytest.mark.parametrize("row, chunks, expected", CALL_ROWS, ids=ids(CALL_ROWS))
+def test_call_row_cut_anywhere(row, chunks, expected):
+    for blocks in cuts(sse(*chunks, DONE)):
+        events, failure = decode(blocks)
+        assert failure is None
+        (message,) = cs.aggregate(events)
+        check_calls(message, expected)
+
+
+@pytest.mark.parametrize("row, chunks, expected", CALL_ROWS, ids=ids(CALL_ROWS))
+def test_call_row_over_a_socket(transport, row, chunks, expected):
+    with Server([reply(sse(*chunks, DONE))]) as server:
+        message, _ = cs.aggregate(ask(server))
+    check_calls(message, expected)
 
 
 def test_a10_socket_left_open_after_done(transport):
