@@ -1734,7 +1734,8 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         last = lines.pop()
         if lines:
             if unfinished:
-                lines[0] = b"".join(unfinished) + lines[0]
+                unfinished.append(lines[0])
+                lines[0] = b"".join(unfinished)
                 unfinished = []
                 size = 0
             if bom:
