@@ -63,12 +63,11 @@ import time
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
 
-# http.client, ssl, urllib and urllib3 are imported by the first call: together they would
-# be most of the time that `import chatstream` takes.
+# dataclasses, http.client, ssl, urllib and urllib3 are imported where they are first
+# needed: together they would be most of the time that `import chatstream` takes.
 
 __version__ = "1.0.0"
 
@@ -247,25 +246,105 @@ class ServerError(StreamError):
 
 
 # --------------------------------------------------------------------------------------
+# @dataclass, at a tenth of its cost
+# --------------------------------------------------------------------------------------
+
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass as _dataclass
+    from dataclasses import field as _field
+else:
+    # The same at run time. To import dataclasses (and with it inspect), and to have it
+    # write all methods of each class anew, was a quarter of `import chatstream`. So here
+    # is what classes need at once; what fields(), asdict() and replace() look for on a
+    # class is made by dataclasses itself, when they look.
+
+    class _field(dict):
+        """The arguments of dataclasses.field(); empty: there is no default.
+
+        A field with a factory is itself the default of its parameter.
+        """
+
+        def __call__(self) -> Any:
+            return self["default_factory"]()
+
+        def __repr__(self) -> str:
+            return "<factory>"
+
+    class _Fields:
+        """Stands for a class's `__dataclass_fields__` until somebody looks."""
+
+        def __init__(self, cls: type, fields: dict[str, _field]) -> None:
+            self.cls = cls
+            self.fields = fields
+
+        def __get__(self, instance: Any, owner: Any = None) -> Any:
+            from dataclasses import field, make_dataclass
+
+            types = self.cls.__annotations__
+            wanted = [(n, types[n], field(**f)) for n, f in self.fields.items()]
+            made = make_dataclass(self.cls.__name__, wanted)
+            self.cls.__dataclass_params__ = made.__dataclass_params__
+            self.cls.__dataclass_fields__ = made.__dataclass_fields__
+            return made.__dataclass_fields__
+
+    def _eq(self: Any, other: object) -> bool:
+        same = type(other) is type(self)
+        return vars(self) == vars(other) if same else NotImplemented
+
+    def _repr(self: Any) -> str:
+        fields = self.__dataclass_fields__.values()
+        shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields if f.repr)
+        return f"{type(self).__qualname__}({', '.join(shown)})"
+
+    def _replace(self: Any, **changes: Any) -> Any:
+        return type(self)(**{**vars(self), **changes})
+
+    def _make_init(cls: type, fields: dict[str, _field]) -> Any:
+        source = f"def __init__(self, {', '.join(fields)}):"
+        for name, field in fields.items():
+            source += f"\n    self.{name} = {name}"
+            if "default_factory" in field:
+                source += f" if type({name}) is not _field else {name}()"
+        made = {"_field": _field, "__name__": __name__}
+        exec(source, made)
+        init = made["__init__"]
+        init.__defaults__ = tuple(f.get("default", f) for f in fields.values() if f)
+        init.__annotations__ = {**cls.__annotations__, "return": None}
+        init.__qualname__ = f"{cls.__qualname__}.__init__"
+        return init
+
+    def _dataclass(cls: type) -> type:
+        fields = {}
+        for name in cls.__annotations__:
+            default = vars(cls).get(name, _field())
+            if isinstance(default, _field):
+                fields[name] = default
+            else:
+                fields[name] = _field(default=default)
+            if "default_factory" in fields[name]:
+                delattr(cls, name)
+        made = {
+            "__init__": _make_init(cls, fields),
+            "__repr__": _repr,
+            "__eq__": _eq,
+            "__hash__": None,
+            "__replace__": _replace,
+            "__match_args__": tuple(fields),
+            "__dataclass_fields__": _Fields(cls, fields),
+        }
+        for name in made.keys() - vars(cls).keys():
+            setattr(cls, name, made[name])
+        return cls
+
+
+# --------------------------------------------------------------------------------------
 # Events and values
 # --------------------------------------------------------------------------------------
 
 
-class _Record:
-    """Equality and repr as @dataclass makes them; made once, they spare 3 ms at import."""
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            vars(self) == vars(other) if type(other) is type(self) else NotImplemented
-        )
-
-    def __repr__(self) -> str:
-        shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr)  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-
-@dataclass(eq=False, repr=False)
-class TextDelta(_Record):
+@_dataclass
+class TextDelta:
     """A piece of the answer.
 
     text: str, never empty, always valid Unicode.
@@ -276,8 +355,8 @@ class TextDelta(_Record):
     choice: int = 0
 
 
-@dataclass(eq=False, repr=False)
-class ReasoningDelta(_Record):
+@_dataclass
+class ReasoningDelta:
     """A piece of the model's reasoning.
 
     text: str; "" when the server sent only opaque members, such as signatures.
@@ -291,8 +370,8 @@ class ReasoningDelta(_Record):
     extra: Optional[dict[str, Any]] = None
 
 
-@dataclass(eq=False, repr=False)
-class RefusalDelta(_Record):
+@_dataclass
+class RefusalDelta:
     """A piece of a refusal.
 
     text: str, never empty.
@@ -303,8 +382,8 @@ class RefusalDelta(_Record):
     choice: int = 0
 
 
-@dataclass(eq=False, repr=False)
-class ToolCallDelta(_Record):
+@_dataclass
+class ToolCallDelta:
     """A piece of a tool call.
 
     index: int, the call's position in its message, counted from 0 by first appearance,
@@ -323,8 +402,8 @@ class ToolCallDelta(_Record):
     choice: int = 0
 
 
-@dataclass(eq=False, repr=False)
-class Chunk(_Record):
+@_dataclass
+class Chunk:
     """With raw=True: one JSON object as sent, before the events made from it.
 
     data: dict, the parsed JSON.
@@ -333,8 +412,8 @@ class Chunk(_Record):
     data: dict[str, Any]
 
 
-@dataclass(eq=False, repr=False)
-class ToolCall(_Record):
+@_dataclass
+class ToolCall:
     """A whole tool call, in Message.tool_calls.
 
     id: str, unique in its message, made up where the server sent none.
@@ -347,7 +426,7 @@ class ToolCall(_Record):
     id: str
     name: str
     arguments: str
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = _field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The call as it stands in a request's `tool_calls`."""
@@ -355,8 +434,8 @@ class ToolCall(_Record):
         return {**self.extra, "id": self.id, "type": "function", "function": function}
 
 
-@dataclass(eq=False, repr=False)
-class Message(_Record):
+@_dataclass
+class Message:
     """A whole message, from aggregate(). Append it to the history as it is.
 
     role: str.
@@ -375,7 +454,7 @@ class Message(_Record):
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: Optional[str] = None
     choice: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = _field(default_factory=dict)
 
     def to_dict(self, *, reasoning: bool = False) -> dict[str, Any]:
         """The message as it stands in a request's `messages`.
@@ -393,8 +472,8 @@ class Message(_Record):
         return message
 
 
-@dataclass(eq=False, repr=False)
-class Usage(_Record):
+@_dataclass
+class Usage:
     """Tokens of a request, as the server counted them; 0 where it said nothing.
 
     cached_tokens are part of prompt_tokens, reasoning_tokens of completion_tokens.
@@ -407,8 +486,8 @@ class Usage(_Record):
     reasoning_tokens: int = 0
 
 
-@dataclass(eq=False, repr=False)
-class Completed(_Record):
+@_dataclass
+class Completed:
     """The end of the answer: last, and once.
 
     response_id, model: str, the first non-empty that was sent; "" if none was.
@@ -424,7 +503,7 @@ class Completed(_Record):
     response_id: str = ""
     model: str = ""
     finish_reason: Optional[str] = None
-    finish_reasons: dict[int, str] = field(default_factory=dict)
+    finish_reasons: dict[int, str] = _field(default_factory=dict)
     usage: Optional[Usage] = None
     skipped: int = 0
     request_id: str = ""
@@ -436,8 +515,8 @@ Event = Union[
 ]
 
 
-@dataclass(eq=False, repr=False)
-class Provider(_Record):
+@_dataclass
+class Provider:
     """A server and how to pass its door.
 
     name: str.
@@ -451,7 +530,7 @@ class Provider(_Record):
     base_url: str
     env_key: Optional[str] = None
     env_key_instructions: Optional[str] = None
-    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    headers: dict[str, str] = _field(default_factory=dict, repr=False)
 
 
 # fmt: off
@@ -605,9 +684,11 @@ def aggregate(
 # --------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False, repr=False)  # no repr: it would show the key
+@_dataclass
 class _Request:
     """All that a try needs."""
+
+    __repr__ = object.__repr__  # any other would show the key
 
     scheme: str
     host: str
@@ -657,7 +738,9 @@ def _choose_provider(provider: str | Provider | None, base_url: str | None) -> P
     key_name = openai.env_key
     if not os.environ.get(key_name or "", "").strip():
         key_name = None
-    return replace(openai, base_url=elsewhere, env_key=key_name)
+    return Provider(
+        openai.name, elsewhere, key_name, openai.env_key_instructions, openai.headers
+    )
 
 
 def _choose_key(provider: Provider, api_key: str | None) -> str:
@@ -2572,6 +2655,8 @@ def _show_text(events: Iterable[Event]) -> int:
 
 
 def _show_json(events: Iterable[Event]) -> int:
+    from dataclasses import asdict
+
     finish_reason = None
     for event in events:
         print(json.dumps({"event": type(event).__name__, **asdict(event)}), flush=True)

@@ -12,6 +12,7 @@ import dataclasses
 import email.utils
 import gc
 import gzip
+import inspect
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 import zlib
 
@@ -2330,9 +2332,88 @@ def test_defaults_are_the_contract():
     assert issubclass(cs.RetryLimitError, cs.StatusError)
 
 
-def test_urllib3_is_imported_on_first_use_only():
-    code = "import sys, chatstream; sys.exit('urllib3' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+def test_what_takes_long_to_import_is_imported_on_first_use_only():
+    code = "import sys; old = {*sys.modules}; import chatstream; print({*sys.modules} - old)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE
+    )
+    imported = ast.literal_eval(done.stdout.decode())
+    assert "chatstream" in imported
+    late = {"dataclasses", "inspect", "http.client", "ssl", "urllib.parse", "urllib3"}
+    assert not imported & late
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The module as type checkers see it, on the real @dataclass."""
+    source = pathlib.Path(cs.__file__).read_text(encoding="utf-8")
+    assert source.count("\nif TYPE_CHECKING:\n") == 1
+    module = types.ModuleType("real_chatstream")
+    sys.modules[module.__name__] = module
+    code = source.replace("\nif TYPE_CHECKING:\n", "\nif True:\n")
+    exec(compile(code, cs.__file__, "exec"), vars(module))
+    yield module
+    del sys.modules[module.__name__]
+
+
+@pytest.mark.parametrize("value", [*DELTAS, *MESSAGES, *MESSAGES[0].tool_calls, USED,
+                                   cs.PROVIDERS["openai"]])  # fmt: skip
+def test_our_dataclasses_are_like_the_real_ones(real, value):
+    ours = type(value)
+    genuine = getattr(real, ours.__name__)
+    assert str(inspect.signature(ours)) == str(inspect.signature(genuine))
+    for name in ("__hash__", "__annotations__", "__doc__"):
+        assert getattr(ours, name) == getattr(genuine, name), name
+    if sys.version_info >= (3, 10):
+        assert ours.__match_args__ == genuine.__match_args__
+    public = [{n for n in vars(c) if n[0] != "_"} for c in (ours, genuine)]
+    assert public[0] == public[1]
+    assert dataclasses.is_dataclass(ours)
+    assert dataclasses.is_dataclass(value)
+    assert str(dataclasses.fields(ours)) == str(dataclasses.fields(genuine))
+    assert str(ours.__dataclass_params__) == str(genuine.__dataclass_params__)
+    twin = genuine(**vars(value))
+    assert repr(twin) == repr(value)
+    assert dataclasses.asdict(twin) == dataclasses.asdict(value)
+    assert dataclasses.astuple(twin) == dataclasses.astuple(value)
+    assert twin != value
+    assert value != twin
+    assert ours(*vars(value).values()) == value
+    for name in vars(value):
+        assert dataclasses.replace(value, **{name: "new"}) != value
+        if sys.version_info >= (3, 13):
+            changed = copy.replace(value, **{name: "new"})
+            assert changed == dataclasses.replace(value, **{name: "new"})
+    for wrong in ({"none": 1}, {"self": 1}):
+        failures = []
+        for make in (ours, genuine):
+            with pytest.raises(TypeError) as failure:
+                make(**vars(value), **wrong)
+            failures.append(str(failure.value))
+        assert failures[0] == failures[1]
+
+
+def test_our_dataclasses_have_subclasses():
+    class Plain(ToolCall):
+        pass
+
+    @dataclasses.dataclass
+    class Wider(ToolCall):
+        cost: float = 0.5
+
+    assert dataclasses.fields(Plain) == dataclasses.fields(ToolCall)
+    assert dataclasses.asdict(Wider("i", "f", "{}")) == {
+        "id": "i",
+        "name": "f",
+        "arguments": "{}",
+        "extra": {},
+        "cost": 0.5,
+    }
+    assert Plain("i", "f", "{}") != ToolCall("i", "f", "{}")
+    assert Plain("i", "f", "{}") == Plain("i", "f", "{}")
+    first, second = ToolCall("i", "f", "{}"), ToolCall("i", "f", "{}")
+    first.extra["e"] = 1
+    assert second.extra == {}
 
 
 # --------------------------------------------------------------------------------------
@@ -2704,9 +2785,15 @@ def test_cli_ascii_terminal():
 
 
 def test_cli_interrupt():
+    # A shell that started us in the background has SIGINT ignored, which is inherited.
+    code = (
+        "import signal, sys, chatstream;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "sys.exit(chatstream._main())"
+    )
     with Server([UNFINISHED, HOLD]) as server:
         child = subprocess.Popen(
-            [sys.executable, "chatstream.py", "-m", "m", "-u", server.url, "x"],
+            [sys.executable, "-c", code, "-m", "m", "-u", server.url, "x"],
             cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         with child:
