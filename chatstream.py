@@ -1808,10 +1808,10 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     after_cr = False
     bom = b"\xef\xbb\xbf"  # of the first line only
     for block in blocks:
-        if after_cr and block.startswith(b"\n"):
-            block = block[1:]
-        after_cr = block.endswith(b"\r")
-        if b"\r" in block:
+        if after_cr or b"\r" in block:
+            if after_cr and block.startswith(b"\n"):
+                block = block[1:]
+            after_cr = block.endswith(b"\r")
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = block.split(b"\n")
         last = lines.pop()
@@ -1851,25 +1851,29 @@ def _split_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
     is_sse = False
     size = 0  # of data, or else of other
     for line in lines:
-        if line.startswith(b"data:"):
+        if not line:
+            if data:
+                yield kind, b"\n".join(data)
+                data = []
+            kind = _DATA
+        elif line.startswith(b"data: {") and not data:  # of lines with data nearly all
+            data.append(line[6:])
+            other = None
+            size = len(line)
+        elif line.startswith(b"data:"):
             value = line[6:] if line.startswith(b"data: ") else line[5:]
-            if not value.startswith(b"{") and value.strip() == b"[DONE]":
+            if value.strip() == b"[DONE]":
                 if data:
                     yield kind, b"\n".join(data)
                 yield _DONE, b""
                 return
             if data:
-                size += len(value) + 1
+                size += len(line)
                 _check_size(size)
             else:
                 other = None
-                size = len(value)
+                size = len(line)
             data.append(value)
-        elif not line:
-            if data:
-                yield kind, b"\n".join(data)
-                data = []
-            kind = _DATA
         else:
             name, _, value = line.partition(b":")
             if name == b"event":
@@ -2308,7 +2312,7 @@ _PADDING = ("obfuscation", "p")
 
 def _is_plain(padding: bytes) -> bool:
     """Letters, digits and _: no escape, so that it is a string literal as it is."""
-    return padding.replace(b"_", b"").isalnum()
+    return padding.isalnum() or padding.replace(b"_", b"").isalnum()
 
 
 def _match_nothing(data: bytes) -> Event | None:
@@ -2319,17 +2323,20 @@ def _make_matcher(
     head: bytes, middle: bytes, tail: bytes, make: Callable[[str], Event]
 ) -> _Matcher:
     """Match head + string + tail, or head + string + middle + padding + tail."""
-    head_size, tail_size = len(head), -len(tail)
+    fixed_size = len(head) + len(tail)
 
     def match(data: bytes) -> Event | None:
-        if not data.startswith(head) or not data.endswith(tail):
+        inner = data.removeprefix(head).removesuffix(tail)
+        if len(data) - len(inner) != fixed_size:
             return None
-        inner = data[head_size:tail_size]
         if middle:
             inner, _, padding = inner.partition(middle)
             if not padding or not _is_plain(padding):
                 return None
-        text = inner.decode("utf-8", "replace")
+        try:
+            text = inner.decode()
+        except UnicodeDecodeError:
+            return None
         if '"' in text or "\\" in text or not text.isprintable():
             # Escapes, or no valid literal at all: let the JSON parser say.
             literal = f'"{text}"'

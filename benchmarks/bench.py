@@ -5,7 +5,8 @@
                                [--plot FILE.svg] [--json FILE]
 
 A server in a process of its own sends answers made beforehand, over loopback. Each
-contender runs in a process of its own too, in turns with the others, several rounds.
+contender runs in a process of its own too, in turns with the others and in random order,
+several rounds.
 The figures are medians of its CPU time (user + system). Those of two machines, or of
 two runs, do not compare; the ratios within one run do. A full run takes some minutes.
 
@@ -31,6 +32,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -432,19 +434,39 @@ def run_requests(name, url, requests):
     return {"cpu": cpu, "rss": peak_rss(), "digests": sorted(digests)}
 
 
-def run_flat(url, count, requests):
-    """CPU us per event, and the memory, when nothing is kept."""
+def run_flat(url, count):
+    """CPU us per event of answers of several lengths, up to `count` events.
+
+    A piece of each in turn, so that a slow moment of the machine strikes all alike.
+    """
     import chatstream
 
-    def consume(count):
-        events = chatstream.stream("Hi", model="m", base_url=f"{url}/single/{count}")
-        return sum(1 for _ in events)
+    def answers(length):
+        while True:
+            yield from chatstream.stream(
+                "Hi", model="m", base_url=f"{url}/single/{length}"
+            )
 
-    consume(20)
-    start = time.process_time()
-    received = sum(consume(count) for _ in range(int(requests)))
-    cpu = time.process_time() - start
-    return {"cpu": cpu / received * 1e6, "rss": peak_rss()}
+    streams = {length: answers(length) for length in FLAT if length <= int(count)}
+    costs = dict.fromkeys(streams, 0.0)
+    pieces = int(count) // 10_000
+    for _ in range(pieces):
+        for length, events in streams.items():
+            piece = min(10_000, 20 * length)
+            start = time.process_time()
+            for _ in itertools.islice(events, piece):
+                pass
+            costs[length] += (time.process_time() - start) / piece
+    return {length: cost / pieces * 1e6 for length, cost in costs.items()}
+
+
+def run_memory(url, count):
+    """Peak memory, when nothing is kept."""
+    import chatstream
+
+    for _ in chatstream.stream("Hi", model="m", base_url=f"{url}/single/{count}"):
+        pass
+    return {"rss": peak_rss()}
 
 
 def run_aggregate(count):
@@ -539,10 +561,10 @@ def child(function, *args, timeout=None):
 
 #: scenario: (events of a request, requests, the same for openai, unit, units a second)
 LOADS = {
-    "bulk": (10_000, 2, 1_000, 2, "us/event", 1e6),
-    "single": (10_000, 2, 1_000, 2, "us/event", 1e6),
-    "tools": (10_000, 2, 1_000, 2, "us/event", 1e6),
-    "obfuscation": (10_000, 2, 1_000, 2, "us/event", 1e6),
+    "bulk": (10_000, 6, 1_000, 2, "us/event", 1e6),
+    "single": (10_000, 6, 1_000, 2, "us/event", 1e6),
+    "tools": (10_000, 6, 1_000, 2, "us/event", 1e6),
+    "obfuscation": (10_000, 6, 1_000, 2, "us/event", 1e6),
     "keepalive": (20, 400, 20, 50, "ms/request", 1e3),
     "big": (8 << 20, 0, 8 << 20, 0, "ms", 1e3),
 }
@@ -570,10 +592,18 @@ class Bench:
     def run(self, scenario):
         if scenario in ONCE:
             getattr(self, scenario)()
+        elif scenario in LOADS:
+            for name in self.shuffled():
+                self.load(scenario, name)
         else:
-            for name in self.contenders:
-                measure = self.load if scenario in LOADS else self.start
-                measure(scenario, name)
+            for number in range(1 if self.quick else 5):
+                for name in self.shuffled():
+                    if number == 0 or not name.startswith("openai"):  # they take long
+                        self.start(scenario, name)
+
+    def shuffled(self):
+        """The contenders: none is always the one after the heaviest."""
+        return random.sample(self.contenders, len(self.contenders))
 
     def load(self, scenario, name):
         count, requests, *fewer, _, units = LOADS[scenario]
@@ -610,9 +640,11 @@ class Bench:
         self.add(scenario, name, python("-c", script, f"{self.url}/single/20") * 1e3)
 
     def flat(self):
-        for count in FLAT[:-1] if self.quick else FLAT:
-            answer = child("run_flat", self.url, count, max(1, 50_000 // count))
-            self.add("flat", f"{count} events, us/event", answer["cpu"])
+        most = FLAT[-2 if self.quick else -1]
+        for count, cost in child("run_flat", self.url, most).items():
+            self.add("flat", f"{count} events, us/event", cost)
+        for count in (FLAT[1], most):
+            answer = child("run_memory", self.url, count)
             self.add("flat", f"{count} events, MiB", answer["rss"])
 
     def aggregate(self):
