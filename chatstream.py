@@ -1448,7 +1448,7 @@ def _find_proxy(request: _Request) -> _Proxy | None:
 
     The proxy's credentials join request.secrets.
     """
-    if not any(name.lower().endswith("_proxy") for name in os.environ):
+    if "_proxy" not in " ".join(os.environ).lower():
         return None  # spares the import
     import urllib.request
     from base64 import b64encode
@@ -1523,6 +1523,7 @@ def _read_blocks(
     )
     read1, monotonic = response.read1, time.monotonic
     quiet = 0.0  # seconds spent waiting since the last chunk
+    empty = True
     while True:
         started = monotonic()
         try:
@@ -1545,10 +1546,13 @@ def _read_blocks(
                 state.fault = _cut(f"{missing} bytes short of its Content-Length")
             elif not reply.file.ended:
                 state.fault = _cut("without its last chunk")
+            elif empty and _ends_in_headers(response):
+                state.fault = _cut("inside its headers")
             else:
                 reply.complete = True
             return
         quiet += monotonic() - started
+        empty = False
         yield block
         if state.progress:
             state.progress = False
@@ -1560,6 +1564,16 @@ def _read_blocks(
                 seconds=event_timeout,
             )
             return
+
+
+def _ends_in_headers(response: Any) -> bool:
+    """Whether an empty body without a length is what is left of an answer that was cut in
+    its headers, as far as one can tell: http.client takes any end of them for the end."""
+    headers = response.headers
+    if response.chunked or getattr(response, "length", 0) is not None:
+        return False
+    broken = bool(headers.defects) or "transfer-encoding" in headers
+    return broken or "content-type" not in headers
 
 
 def _idle_timeout(seconds: float | None, where: str) -> IdleTimeoutError:

@@ -1147,6 +1147,24 @@ def test_a_cut_before_the_first_event_is_retried(transport, how, sleeps):
     assert (got, type(failure), failure.attempts) == ([], cs.TransportError, 2)
 
 
+@pytest.mark.parametrize("start", ["H", "HTTP/1.1 200", "HTTP/1.1 200 OK\r\n",
+                                   "HTTP/1.1 200 OK\r\nServer: a\r\nContent-Ty",
+                                   "HTTP/1.1 200 OK\r\nContent-Type: a\r\nTransfer-",
+                                   "HTTP/1.1 200 OK\r\nContent-Type: a\r\n"
+                                   "Transfer-Encoding: chu"])  # fmt: skip
+def test_a_cut_inside_the_headers_is_retried(transport, start, sleeps):
+    with Server([start.encode(), CLOSE], [reply(PLAIN)]) as server:
+        assert list(ask(server, max_retries=1)) == [A, B, END]
+    with Server([start.encode(), CLOSE]) as server:
+        got, failure = collect(ask(server, max_retries=0))
+    assert (got, type(failure)) == ([], cs.TransportError)
+
+
+def test_an_empty_answer_without_a_length_is_none_that_was_cut(transport):
+    with Server([head("200 OK"), CLOSE]) as server:
+        assert list(ask(server)) == [Completed()]
+
+
 @pytest.mark.parametrize("body", [sse(C("a"))[:-1], sse(C("a"))[:-2]])
 def test_what_arrived_whole_before_a_cut_is_yielded(transport, body):
     with Server([CHUNKED + chunked(body), RESET]) as server:
