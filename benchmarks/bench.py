@@ -5,10 +5,10 @@
                                [--plot FILE.svg] [--json FILE]
 
 A server in a process of its own sends answers made beforehand, over loopback. Each
-contender runs in a process of its own too, in turns with the others and in random order,
-several rounds.
-The figures are medians of its CPU time (user + system). Those of two machines, or of
-two runs, do not compare; the ratios within one run do. A full run takes some minutes.
+contender runs in a process of its own too, in turns with the others and in random order.
+The figures are medians of its CPU time (user + system) over several rounds. Those of two
+machines, or of two runs, do not compare; the ratios within one run do. A full run takes
+ten minutes.
 
 Scenarios, all with chunks like OpenAI's:
 
