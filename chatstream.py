@@ -28,7 +28,7 @@ Events, in the order of an answer:
     Message         a whole message; only from aggregate()
     Completed       last, once: finish reasons, usage, id and model
 
-Errors, by whose fault:
+Errors:
 
     ChatStreamError           any of them; .partial, .request_id
       MissingAPIKeyError      no key in the environment
@@ -64,7 +64,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
 
 # dataclasses, http.client, ssl, urllib and urllib3 are imported where they are first
 # needed: together they would be most of the time that `import chatstream` takes.
@@ -101,15 +101,15 @@ __all__ = [
 
 _log = logging.getLogger("chatstream")
 
-#: The most that is asked of the connection at once. What has arrived is handed over
-#: however little it is.
+#: The most bytes that are asked of the connection at once. What has arrived is handed
+#: over however little it is.
 _BLOCK_SIZE = 65536
 
-#: One event (or line, or answer that is not SSE) may be this large. No model writes
-#: so much in one piece; a server gone wrong might, until memory is full.
+#: Bytes that one event (or line, or answer that is not SSE) may have. No model writes so
+#: much in one piece; a server gone wrong might, until memory is full.
 _MAX_EVENT = 64 * 1024 * 1024
 
-#: What is read of a reply that is not 2xx: enough for any error message.
+#: Bytes that are read of a reply that is not 2xx: enough for any error message.
 _MAX_ERROR_BODY = 64 * 1024
 
 #: Seconds for reading that, however it drips: the status is known and worth more.
@@ -119,7 +119,7 @@ _ERROR_BODY_SECONDS = 5.0
 #: be used again. The caller has its Completed before that.
 _GRACE_SECONDS = 0.05
 
-#: What is logged of a request's body, at DEBUG: not every byte of an image.
+#: Bytes that are logged of a request's body, at DEBUG: not the whole of an image.
 _MAX_LOGGED = 2000
 
 #: First and longest wait between two tries, in seconds; each is twice the one before.
@@ -219,7 +219,10 @@ class IdleTimeoutError(StreamError, TimeoutError):
 
 
 class TruncatedStreamError(StreamError):
-    """Cut after something was yielded; with strict=True also an end without an end."""
+    """Cut after something was yielded.
+
+    With strict=True also: ended without a finish_reason or [DONE].
+    """
 
 
 class MalformedChunkError(StreamError):
@@ -246,7 +249,7 @@ class ServerError(StreamError):
 
 
 # --------------------------------------------------------------------------------------
-# @dataclass, at a tenth of its cost
+# @dataclass, but made when it is first used
 # --------------------------------------------------------------------------------------
 
 
@@ -254,87 +257,66 @@ if TYPE_CHECKING:
     from dataclasses import dataclass as _dataclass
     from dataclasses import field as _field
 else:
-    # The same at run time. To import dataclasses (and with it inspect), and to have it
-    # write all methods of each class anew, was a quarter of `import chatstream`. So here
-    # is what classes need at once; what fields(), asdict() and replace() look for on a
-    # class is made by dataclasses itself, when they look.
+    # To import dataclasses (and with it inspect), and to have it write all methods of each
+    # class, was a quarter of `import chatstream`. At run time only __init__ is made with
+    # the class; dataclasses makes the rest, each part when it is first used.
 
-    class _field(dict):
-        """The arguments of dataclasses.field(); empty: there is no default.
+    _field = dict  # field()'s arguments; any other default that is a dict is forbidden
 
-        A field with a factory is itself the default of its parameter.
-        """
-
-        def __call__(self) -> Any:
-            return self["default_factory"]()
+    class _Factory:
+        """The default of a parameter whose value is made anew for each object."""
 
         def __repr__(self) -> str:
             return "<factory>"
 
-    class _Fields:
-        """Stands for a class's `__dataclass_fields__` until somebody looks."""
+    _FACTORY = _Factory()
 
-        def __init__(self, cls: type, fields: dict[str, _field]) -> None:
-            self.cls = cls
-            self.fields = fields
+    class _Later:
+        """An attribute of `cls` that dataclasses makes when it is first looked up."""
+
+        def __init__(self, cls: type, name: str, fields: dict[str, dict]) -> None:
+            self.cls, self.name, self.fields = cls, name, fields
 
         def __get__(self, instance: Any, owner: Any = None) -> Any:
             from dataclasses import field, make_dataclass
 
             types = self.cls.__annotations__
-            wanted = [(n, types[n], field(**f)) for n, f in self.fields.items()]
-            made = make_dataclass(self.cls.__name__, wanted)
-            self.cls.__dataclass_params__ = made.__dataclass_params__
-            self.cls.__dataclass_fields__ = made.__dataclass_fields__
-            return made.__dataclass_fields__
+            fields = [(n, types[n], field(**f)) for n, f in self.fields.items()]
+            value = getattr(make_dataclass(self.cls.__name__, fields), self.name)
+            setattr(self.cls, self.name, value)
+            return value.__get__(instance, owner) if callable(value) else value
 
-    def _eq(self: Any, other: object) -> bool:
-        same = type(other) is type(self)
-        return vars(self) == vars(other) if same else NotImplemented
-
-    def _repr(self: Any) -> str:
-        fields = self.__dataclass_fields__.values()
-        shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields if f.repr)
-        return f"{type(self).__qualname__}({', '.join(shown)})"
-
-    def _replace(self: Any, **changes: Any) -> Any:
-        return type(self)(**{**vars(self), **changes})
-
-    def _make_init(cls: type, fields: dict[str, _field]) -> Any:
+    def _make_init(cls: type, fields: dict[str, dict]) -> Any:
         source = f"def __init__(self, {', '.join(fields)}):"
         for name, field in fields.items():
             source += f"\n    self.{name} = {name}"
             if "default_factory" in field:
-                source += f" if type({name}) is not _field else {name}()"
-        made = {"_field": _field, "__name__": __name__}
-        exec(source, made)
+                factory = field["default_factory"].__name__
+                source += f" if {name} is not _FACTORY else {factory}()"
+        made: dict[str, Any] = {}
+        exec(source, globals(), made)
         init = made["__init__"]
-        init.__defaults__ = tuple(f.get("default", f) for f in fields.values() if f)
+        given = [f for f in fields.values() if f]
+        init.__defaults__ = tuple(f.get("default", _FACTORY) for f in given)
         init.__annotations__ = {**cls.__annotations__, "return": None}
         init.__qualname__ = f"{cls.__qualname__}.__init__"
         return init
 
     def _dataclass(cls: type) -> type:
-        fields = {}
+        fields = {}  # name -> the arguments of its field()
         for name in cls.__annotations__:
-            default = vars(cls).get(name, _field())
-            if isinstance(default, _field):
-                fields[name] = default
-            else:
-                fields[name] = _field(default=default)
-            if "default_factory" in fields[name]:
+            fields[name] = default = vars(cls).get(name, {})
+            if not isinstance(default, dict):
+                fields[name] = {"default": default}
+            elif default:
                 delattr(cls, name)
-        made = {
-            "__init__": _make_init(cls, fields),
-            "__repr__": _repr,
-            "__eq__": _eq,
-            "__hash__": None,
-            "__replace__": _replace,
-            "__match_args__": tuple(fields),
-            "__dataclass_fields__": _Fields(cls, fields),
-        }
-        for name in made.keys() - vars(cls).keys():
-            setattr(cls, name, made[name])
+        cls.__init__ = _make_init(cls, fields)
+        cls.__hash__ = None
+        cls.__match_args__ = tuple(fields)
+        for word in ("dataclass_fields", "dataclass_params", "eq", "repr", "replace"):
+            name = f"__{word}__"
+            if name not in vars(cls):
+                setattr(cls, name, _Later(cls, name, fields))
         return cls
 
 
@@ -517,7 +499,7 @@ Event = Union[
 
 @_dataclass
 class Provider:
-    """A server and how to pass its door.
+    """A server, and where its key comes from.
 
     name: str.
     base_url: str, what comes before `/chat/completions`.
@@ -593,8 +575,9 @@ def stream(
         may carry a query string (Azure's `?api-version=`). None: the provider's.
     api_key: str, sent as a bearer token. None or "": the provider's environment variable.
     headers: mapping of str to str, on top of ours and of the provider's; replaces a
-        header of the same name, whatever the case.
+        header of the same name, whatever the case. None: none.
     extra_body: mapping, members of the request's body whose names stream() itself uses.
+        None: none.
     connect_timeout: float, seconds for TCP, TLS and proxy, and for each block of the
         request that the server does not take; None: no bound. Not for the answer.
     idle_timeout: float, seconds of silence on the socket, before the headers and between
@@ -613,8 +596,8 @@ def stream(
     raw: bool, True also yields each parsed chunk, as Chunk.
     pool: a urllib3 PoolManager (or ProxyManager, or SOCKS manager) of the caller's, for
         private CAs, client certificates and proxies; its own headers stay, ours come on
-        top. None: a shared one, and the proxy
-        variables of the environment and SSL_CERT_FILE are honoured.
+        top. None: a shared one, and the proxy variables of the environment and
+        SSL_CERT_FILE are honoured.
     params: the other members of the request's body, sent as they are (`temperature=`,
         `tools=`, `stream_options=` ...).
 
@@ -746,18 +729,18 @@ def _choose_provider(provider: str | Provider | None, base_url: str | None) -> P
 def _choose_key(provider: Provider, api_key: str | None) -> str:
     if api_key is not None and not isinstance(api_key, str):
         raise TypeError(f"api_key: expected a str, got a {type(api_key).__name__}")
-    origin, key = "api_key", api_key or ""
+    source, key = "api_key", api_key or ""
     if not key and provider.env_key:
-        origin, key = provider.env_key, os.environ.get(provider.env_key, "")
+        source, key = provider.env_key, os.environ.get(provider.env_key, "")
         if not key.strip():
             instructions = provider.env_key_instructions or ""
             raise MissingAPIKeyError(
-                f"no API key: set the environment variable {origin} or pass api_key=. "
+                f"no API key: set the environment variable {source} or pass api_key=. "
                 f"{instructions}".rstrip(),
-                env_key=origin,
+                env_key=source,
                 instructions=instructions,
             )
-    _check_header_value(origin, key)
+    _check_header_value(source, key)
     return key
 
 
@@ -784,10 +767,12 @@ def _check_headers(what: str, headers: Any) -> Mapping[str, str]:
         if not isinstance(name, str):
             raise TypeError(f"{what}: expected str names, got a {type(name).__name__}")
         if not name or not _TOKEN.issuperset(name):
-            raise ValueError(f"{what}: not a header name, or with a line break in it")
+            raise ValueError(
+                f"{what}: expected header names (RFC 9110, 5.1), got another"
+            )
         if not isinstance(value, str):
             raise TypeError(
-                f"{what}[{name!r}]: expected a str, got {type(value).__name__}"
+                f"{what}[{name!r}]: expected a str, got a {type(value).__name__}"
             )
         if name.lower() in ("content-length", "transfer-encoding"):
             raise ValueError(f"{what}: {name} follows from the body, do not set it")
@@ -821,7 +806,7 @@ def _split_url(base_url: Any) -> tuple[str, str, int, str]:
     shown = base_url.partition("?")[0].partition("#")[0]
     if "@" in shown.partition("//")[2].partition("/")[0]:
         raise ValueError(f"{wanted}, without user:password@; use headers= or api_key=")
-    if "@" in base_url:
+    if "@" in base_url:  # user:pass/word@host: a password all the same
         shown = "a URL with @ in it"
     try:
         url = urlsplit(base_url.strip())
@@ -832,10 +817,9 @@ def _split_url(base_url: Any) -> tuple[str, str, int, str]:
         raise ValueError(
             f"{wanted}, with a valid host and port; got {shown!r}"
         ) from None
-    if url.scheme not in ("http", "https") or not host:
+    if url.scheme not in ("http", "https") or not host or port == 0:
         raise ValueError(f"{wanted}, got {shown!r}")
-    odd = any(c <= " " or c in "#\x7f" for c in base_url.strip())
-    if odd or port == 0:
+    if any(c <= " " or c in "#\x7f" for c in base_url.strip()):
         raise ValueError(f"{wanted}, no blanks and no #fragment; got {shown!r}")
     safe = "/%:@!$&'()*+,;=-._~"
     target = quote(url.path.rstrip("/"), safe=safe) + "/chat/completions"
@@ -909,7 +893,7 @@ def _build_body(
     except RecursionError:
         raise ValueError("the request's body is nested too deeply for JSON") from None
     except (TypeError, ValueError) as error:
-        raise type(error)(f"the request's body does not fit JSON: {error}") from None
+        raise type(error)(f"the body cannot be written as JSON: {error}") from None
 
 
 def _check_messages(messages: Any) -> list[dict[str, Any]]:
@@ -933,14 +917,15 @@ def _check_messages(messages: Any) -> list[dict[str, Any]]:
     return [m.to_dict() if isinstance(m, Message) else m for m in messages]
 
 
+#: A header whose name holds one of these has a secret value.
 _SECRET_NAMES = ("auth", "key", "token", "secret", "cookie")
+
+#: Fewer characters are a dummy ("ollama"), and would be found everywhere.
+_SHORTEST_SECRET = 8
 
 
 def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[str, ...]:
-    """What must not be seen in an error, even if the server sends it back.
-
-    Shorter than eight characters is a dummy ("ollama"), and would be found everywhere.
-    """
+    """What must not be seen in an error, even if the server sends it back."""
     from urllib.parse import unquote
 
     found = [key]
@@ -950,7 +935,8 @@ def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[st
     for pair in target.partition("?")[2].split("&"):
         value = pair.partition("=")[2]
         found += [value, unquote(value)]
-    return tuple(sorted({s for s in found if len(s) >= 8}, key=len, reverse=True))
+    secrets = {s for s in found if len(s) >= _SHORTEST_SECRET}
+    return tuple(sorted(secrets, key=len, reverse=True))
 
 
 # --------------------------------------------------------------------------------------
@@ -983,6 +969,10 @@ class _Choice:
         self.by_index: dict[int, _Call] = {}  # the server's index -> the call
 
 
+#: Whose text: event type, choice, and the call of a ToolCallDelta, else None.
+_HalfKey = tuple[Any, int, Optional[_Call]]
+
+
 class _State:
     """What is known of one answer."""
 
@@ -1002,7 +992,7 @@ class _State:
         #: what arrived whole is yielded first.
         self.fault: StreamError | None = None
         #: First halves of surrogate pairs, by the kind of text they belong to.
-        self.halves: dict[tuple[Any, ...], str] = {}
+        self.halves: dict[_HalfKey, str] = {}
 
     @property
     def finished(self) -> bool:
@@ -1024,7 +1014,7 @@ class _Retryable(Exception):
 
 
 def _run(request: _Request) -> Generator[Event, None, None]:
-    """The retry loop around _attempt(), and the only place that sleeps."""
+    """The retry loop around _attempt(), and where it sleeps."""
     delays = _backoff()
     for attempt in itertools.count(1):
         try:
@@ -1054,7 +1044,7 @@ def _run(request: _Request) -> Generator[Event, None, None]:
 
 
 def _backoff() -> Iterator[float]:
-    """0.2 s, doubling, each times 0.9 to 1.1 so that clients do not come back at once."""
+    """0.2 s, doubling; times 0.9 to 1.1, so that not all clients come back together."""
     import random
 
     delay = _FIRST_BACKOFF
@@ -1185,16 +1175,17 @@ def _judge_end(request: _Request, state: _State, started: bool) -> None:
 
 
 # --------------------------------------------------------------------------------------
-# Transport: request -> http.client.HTTPResponse
+# Transport: request -> reply
 # --------------------------------------------------------------------------------------
 
 
 class _Reply:
     """A reply whose headers are there, and what to do with its connection.
 
-    response: http.client.HTTPResponse, on both transports.
+    response: http.client.HTTPResponse, also inside urllib3's (which is all there is, should
+        it not give that away).
     sock: the connection's socket, where the connection can be used again; else None.
-    errors: what reading may raise besides http.client's own errors.
+    errors: what reading may raise; set by _open().
     file: what stands between the response and its socket, for a chunked body.
     complete: set by _read_blocks() when the body has come to its proper end.
     """
@@ -1204,10 +1195,9 @@ class _Reply:
         response: Any,
         sock: Any,
         release: Callable[[bool], None],
-        errors: tuple[type[Exception], ...] = (),
     ) -> None:
         self.response = response
-        self.errors = errors
+        self.errors: tuple[type[Exception], ...] = ()
         self.sock = sock
         self.complete = False
         self.file = _WatchedFile(response)
@@ -1234,7 +1224,8 @@ class _WatchedFile:
 
     http.client takes an end of the connection for the end of the body once it has seen a
     chunk size that begins with 0; and it reads trailers for as long as they come, which
-    `deadline` ends for drain().
+    drain() ends with `deadline` (of time.monotonic(); None: there is none). Of a response
+    that is not chunked it sees nothing.
     """
 
     def __init__(self, response: Any) -> None:
@@ -1284,15 +1275,25 @@ def _open(request: _Request) -> _Reply:
         import urllib3
     except ImportError:
         urllib3 = None
-    errors = (urllib3.exceptions.HTTPError,) if urllib3 else ()
+    errors: tuple[type[Exception], ...] = (
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+    )
+    if urllib3:
+        errors += (urllib3.exceptions.HTTPError,)
 
     body = _Upload(request.body)
     try:
         if urllib3:
-            return _open_pooled(urllib3, request, body)
-        return _open_plain(request, body)
-    except (OSError, http.client.HTTPException, ValueError, *errors) as error:
+            reply = _open_pooled(urllib3, request, body)
+        else:
+            reply = _open_plain(request, body)
+    except errors as error:
         cause = _root_cause(error)
+    else:
+        reply.errors = errors
+        return reply
     text = f"{request.public_url}: {str(cause) or type(cause).__name__}"
     if isinstance(cause, socket.timeout) and body.sent:
         raise _idle_timeout(request.idle_timeout, "before the headers") from cause
@@ -1328,7 +1329,7 @@ def _open_pooled(urllib3: Any, request: _Request, body: _Upload) -> _Reply:
         pool = _shared_pool(urllib3, proxy, _tls_settings(request, proxy))
     for name in ("urllib3.connectionpool", "urllib3.connection"):
         logging.getLogger(name).addFilter(_hide_query)  # adds it once
-    answer = pool.urlopen(
+    wrapper = pool.urlopen(
         "POST",
         request.origin + request.target,
         body=body,
@@ -1346,16 +1347,15 @@ def _open_pooled(urllib3: Any, request: _Request, body: _Upload) -> _Reply:
         decode_content=False,
     )
     # Its own read1() costs three times as much (and 1.26 has none).
-    response = getattr(answer, "_original_response", None) or answer
+    response = getattr(wrapper, "_original_response", None) or wrapper
 
     def release(complete: bool) -> None:
         if not complete:
-            answer.close()
-        answer.release_conn()
+            wrapper.close()
+        wrapper.release_conn()
 
-    connection = answer.connection
-    errors = (urllib3.exceptions.HTTPError,)
-    return _Reply(response, connection and connection.sock, release, errors)
+    connection = wrapper.connection
+    return _Reply(response, connection and connection.sock, release)
 
 
 @lru_cache(maxsize=16)
@@ -1363,8 +1363,8 @@ def _shared_pool(urllib3: Any, proxy: _Proxy | None, tls: Any) -> Any:
     """One pool for all calls with the same proxy and certificates."""
     options: dict[str, Any] = {"maxsize": _POOL_SIZE}
     if tls is not None and not urllib3.__version__.startswith("1."):
-        # 1.26 gives no host name to a context that wants one, where it is an IP address;
-        # with a context of its own it makes the same checks itself.
+        # Not for 1.26: it gives a context no host name to check where that is an IP
+        # address. Left alone, it makes the same checks itself.
         options["ssl_context"] = _tls_context(tls)
         if proxy is not None and proxy.scheme == "https":
             options["proxy_ssl_context"] = options["ssl_context"]
@@ -1433,6 +1433,8 @@ def _open_plain(request: _Request, body: _Upload) -> _Reply:
 
 
 class _Proxy(NamedTuple):
+    """A proxy from the environment. Hashable: the shared pools are kept by it."""
+
     scheme: str
     host: str
     port: int
@@ -1461,7 +1463,7 @@ def _find_proxy(request: _Request) -> _Proxy | None:
         return None
     url = urlsplit(value if "://" in value else "http://" + value)
     port: int | None = -1
-    with suppress(ValueError):
+    with suppress(ValueError):  # raising here would chain it: it may quote the password
         port = url.port
     if port == -1:
         raise TransportError("the proxy in the environment has a bad port")
@@ -1474,7 +1476,8 @@ def _find_proxy(request: _Request) -> _Proxy | None:
     if url.username is not None:
         credentials = f"{unquote(url.username)}:{unquote(url.password or '')}".encode()
         token = b64encode(credentials).decode()
-        request.secrets += (token, unquote(url.password or "") or token)
+        secrets = (token, unquote(url.password or ""))
+        request.secrets += tuple(s for s in secrets if len(s) >= _SHORTEST_SECRET)
         headers = (("Proxy-Authorization", f"Basic {token}"),)
     return _Proxy(url.scheme, url.hostname, port or _DEFAULT_PORTS[url.scheme], headers)
 
@@ -1515,12 +1518,6 @@ def _read_blocks(
     import http.client
 
     response = reply.response
-    errors: tuple[type[Exception], ...] = (
-        *reply.errors,
-        OSError,
-        http.client.HTTPException,
-        ValueError,
-    )
     read1, monotonic = response.read1, time.monotonic
     quiet = 0.0  # seconds spent waiting since the last chunk
     empty = True
@@ -1528,7 +1525,7 @@ def _read_blocks(
         started = monotonic()
         try:
             block = read1(_BLOCK_SIZE)
-        except errors as error:
+        except reply.errors as error:
             cause = _root_cause(error)
             state.fault = _cut(str(cause) or type(cause).__name__)
             if isinstance(cause, http.client.IncompleteRead):  # says no more than that
@@ -1567,8 +1564,8 @@ def _read_blocks(
 
 
 def _ends_in_headers(response: Any) -> bool:
-    """Whether an empty body without a length is what is left of an answer that was cut in
-    its headers, as far as one can tell: http.client takes any end of them for the end."""
+    """Whether the reply, whose body is empty, was cut in its headers, as far as one can
+    tell: http.client takes the end of the connection for the end of the headers."""
     headers = response.headers
     if response.chunked or getattr(response, "length", 0) is not None:
         return False
@@ -1597,7 +1594,7 @@ def _decompress(
         return blocks
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise StreamError(
-            f"expected no Content-Encoding or gzip or deflate: {encoding!r}"
+            f"expected Content-Encoding gzip, deflate or none, got {encoding!r}"
         )
     return _inflate(blocks, state)
 
@@ -1619,7 +1616,7 @@ def _inflate(blocks: Iterator[bytes], state: _State) -> Iterator[bytes]:
             wrapped = zlib_header or head.startswith(b"\x1f\x8b")
             inflater = zlib.decompressobj(_ZLIB_OR_GZIP if wrapped else -zlib.MAX_WBITS)
             block = head
-        plain = block  # not empty; below: zlib may hold output back, its input used up
+        plain = block  # until decompress() gives none: it may still hold output back
         while plain:
             try:
                 plain = inflater.decompress(block, _BLOCK_SIZE)
@@ -1644,8 +1641,8 @@ def _inflate(blocks: Iterator[bytes], state: _State) -> Iterator[bytes]:
 # --------------------------------------------------------------------------------------
 
 
-def _raise_status(request: _Request, reply: _Reply) -> None:
-    """-> StatusError, or _Retryable with a RetryLimitError."""
+def _raise_status(request: _Request, reply: _Reply) -> NoReturn:
+    """Raise StatusError, or _Retryable with a RetryLimitError."""
     response = reply.response
     status, headers = response.status, response.headers
     body = _read_error_body(reply)
@@ -1694,8 +1691,8 @@ def _read_error_body(reply: _Reply) -> str:
 def _time_limit(response: Any, seconds: float) -> Iterator[None]:
     """Shut the connection down after `seconds`, whatever read is waiting on it.
 
-    A timeout of the socket would bound each read and not their sum, and urllib3 does not
-    let one at the socket of a connection that will close.
+    A timeout of the socket would bound each read, not their sum; and urllib3 gives no
+    access to the socket of a connection that will close.
     """
     try:
         handle = socket.fromfd(response.fileno(), socket.AF_INET, socket.SOCK_STREAM)
@@ -1742,7 +1739,7 @@ def _seconds_until(date: str) -> float:
 
 
 def _parse_json(text: str) -> Any:
-    """-> the JSON value; None if the text is none (or null)."""
+    """-> the JSON value; None if the text is not JSON (or is null)."""
     try:
         return json.loads(text, strict=False)
     except (ValueError, RecursionError):
@@ -1785,13 +1782,14 @@ def _describe_error(value: Any) -> tuple[str, Any, Any]:
 
 
 def _first_dict(value: Any) -> dict[str, Any]:
-    """Gemini sends a list with the error's object in it."""
+    """`value` if it is a dict; of a list (Gemini's errors) the first dict in it; else {}."""
     if isinstance(value, list):
         value = next((item for item in value if isinstance(item, dict)), None)
     return value if isinstance(value, dict) else {}
 
 
 def _find_sentence(value: Any, depth: int = 0) -> str:
+    """The first sentence in an error's JSON, also in JSON inside a string; else ""."""
     found: Iterable[Any] = ()
     if isinstance(value, str):
         inner = _parse_json(value) if value.lstrip()[:1] in ("{", "[") else None
@@ -1836,7 +1834,7 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
                 unfinished = []
                 size = 0
             if bom:
-                lines[0] = lines[0][3:] if lines[0].startswith(bom) else lines[0]
+                lines[0] = lines[0].removeprefix(bom)
                 bom = b""
             yield from lines
         if last:
@@ -1844,8 +1842,7 @@ def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
             _check_size(size)
             unfinished.append(last)
     if unfinished:
-        line = b"".join(unfinished)
-        yield line[3:] if bom and line.startswith(bom) else line
+        yield b"".join(unfinished).removeprefix(bom)
 
 
 #: What _split_events() finds: an event's data; an error's; [DONE]; a body that is not
@@ -1862,7 +1859,7 @@ def _split_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
     kind = _DATA
     data: list[bytes] = []
     other: list[bytes] | None = []  # lines that are no SSE, until the first data
-    is_sse = False
+    has_fields = False  # besides data: a comment, or another field
     size = 0  # of data, or else of other
     for line in lines:
         if not line:
@@ -1875,7 +1872,7 @@ def _split_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
             other = None
             size = len(line)
         elif line.startswith(b"data:"):
-            value = line[6:] if line.startswith(b"data: ") else line[5:]
+            value = line[5:].removeprefix(b" ")
             if value.strip() == b"[DONE]":
                 if data:
                     yield kind, b"\n".join(data)
@@ -1895,18 +1892,18 @@ def _split_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
             elif name == b"error":  # a field of llama.cpp's and gpustack's
                 if data:
                     yield kind, b"\n".join(data)
-                yield _ERROR, value
+                yield _ERROR, value  # at which the reader stops
             elif name not in (b"", b"id", b"retry", b"data"):
                 if other is not None:
                     other.append(line)
                     size += len(line) + 1
                     _check_size(size)
                 continue
-            is_sse = True
+            has_fields = True
     if data:
         yield kind, b"\n".join(data)
     elif other:
-        yield _STRAY if is_sse else _BODY, b"\n".join(other)
+        yield _STRAY if has_fields else _BODY, b"\n".join(other)
 
 
 def _check_size(size: int) -> None:
@@ -2010,7 +2007,7 @@ def _check_body(kind: str, data: bytes, content_type: str) -> None:
 
 def _is_error(chunk: dict[str, Any]) -> bool:
     """Whether the server reports an error with this chunk."""
-    if chunk.get("error"):  # null, {}, "" and [] are none
+    if chunk.get("error"):  # null, {}, "" and [] are no error
         return True
     if chunk.get("choices"):
         return False
@@ -2103,7 +2100,7 @@ def _read_usage(state: _State, data: Any) -> None:
             or _count(data, "cached_tokens"),  # Moonshot
             _count(completion, "reasoning_tokens") or _count(data, "reasoning_tokens"),
         )
-        if state.usage is None or usage != Usage():
+        if state.usage is None or any(vars(usage).values()):
             state.usage = usage
 
 
@@ -2156,7 +2153,7 @@ def _read_reasoning(
     text = ""
     for name in ("reasoning_content", "reasoning", "reasoning_details"):
         text = text or _find_texts(extra.get(name))
-    text = _join_halves(state, (ReasoningDelta, choice.index), text)
+    text = _join_halves(state, (ReasoningDelta, choice.index, None), text)
     events.append(ReasoningDelta(text, choice.index, extra))
 
 
@@ -2190,7 +2187,7 @@ def _add_text(
     text: str,
     events: list[Event],
 ) -> None:
-    text = _join_halves(state, (kind, choice.index), text)
+    text = _join_halves(state, (kind, choice.index, None), text)
     if text:
         events.append(kind(text, choice.index))
 
@@ -2203,7 +2200,7 @@ def _has_surrogate(text: str) -> bool:
     return False
 
 
-def _join_halves(state: _State, key: tuple[Any, ...], text: str) -> str:
+def _join_halves(state: _State, key: _HalfKey, text: str) -> str:
     """Make `text` valid Unicode.
 
     Servers in JavaScript cut between the halves of a surrogate pair, in two escapes. The
@@ -2225,14 +2222,11 @@ def _replace_surrogates(text: str) -> str:
 
 def _flush_halves(state: _State) -> Iterator[Event]:
     """First halves whose second never came."""
-    for kind, choice, *call in state.halves:
-        if call:
-            slot = call[0]
-            yield ToolCallDelta(
-                slot.position, slot.id, slot.name, "\ufffd", None, choice
-            )
-        else:
+    for kind, choice, call in state.halves:
+        if call is None:
             yield kind("\ufffd", choice)
+        else:
+            yield kind(call.position, call.id, call.name, "\ufffd", None, choice)
     state.halves.clear()
 
 
@@ -2314,7 +2308,7 @@ def _find_call(choice: _Choice, index: Any, id: str, name: str) -> _Call:
 # learning and matching nothing has changed; and none is learned from a chunk whose second
 # reading would differ from its first.
 
-#: The event of a chunk, if it is like the chunk learned from; else None.
+#: The data of a chunk -> its event, if it is like the chunk learned from; else None.
 _Matcher = Callable[[bytes], Optional[Event]]
 
 #: After so many matchers in a row that never matched, no more are learned.
@@ -2369,7 +2363,7 @@ def _learn(data: bytes, chunk: dict[str, Any], events: list[Event]) -> _Matcher:
     """Cut `data`, the text of `chunk`, around the string of its only event.
 
     The cut is proven: with other strings in the holes it must parse to the same JSON but
-    for those strings. Consumes `chunk`.
+    for those strings. Alters `chunk`, which nobody else has.
     """
     if len(events) != 1:
         return _match_nothing
@@ -2454,8 +2448,8 @@ def _find_string(
 
 
 class _Draft:
-    """A message being assembled. Text is gathered in files: linear in time, and no
-    larger than the text."""
+    """A message being assembled. Text is gathered in StringIOs: in linear time, and in no
+    more memory than the text."""
 
     def __init__(self, choice: int) -> None:
         self.choice = choice
@@ -2475,7 +2469,7 @@ class _Draft:
                 known.write(value)
             elif isinstance(value, list) and isinstance(known, list):
                 known += value
-            else:
+            else:  # a member that changes its type: the last one stands
                 self.extra[name] = list(value) if isinstance(value, list) else value
 
     def add_call(self, delta: ToolCallDelta) -> None:
@@ -2619,7 +2613,7 @@ def _main(argv: list[str] | None = None) -> int:
 
 
 def _answer_command(args: Any) -> int:
-    prompt = " ".join(
+    prompt = " ".join(  # UTF-8 whatever the locale
         os.fsencode(word).decode("utf-8", "replace") for word in args.prompt
     )
     if prompt in ("", "-"):

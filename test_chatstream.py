@@ -2105,6 +2105,12 @@ def test_what_a_proxy_says_back_is_hidden(transport, monkeypatch):
     assert "Ym9iOnBAc3M=" not in everything_about(failure)
 
 
+def test_a_short_proxy_password_garbles_no_text(transport, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://u:e@127.0.0.1:1")
+    _, failure = collect(ask("http://upstream.test/v1", max_retries=0))
+    assert "http://upstream.test/v1/chat/completions" in str(failure)
+
+
 def test_a_proxy_that_refuses(transport, monkeypatch, sleeps):
     refusal = head("407 Proxy Authentication Required", "Content-Length: 0")
     with Server([refusal, CLOSE]) as proxy:
@@ -2427,11 +2433,48 @@ def test_our_dataclasses_have_subclasses():
         "extra": {},
         "cost": 0.5,
     }
+
+    class Loud(ToolCall):
+        def __repr__(self):
+            return super().__repr__().upper()
+
+        def __eq__(self, other):
+            return not super().__eq__(other)
+
+    assert repr(Loud("i", "f", "{}")).endswith(
+        "LOUD(ID='I', NAME='F', ARGUMENTS='{}', EXTRA={})"
+    )
+    assert Loud("i", "f", "{}") == Loud("j", "f", "{}")
     assert Plain("i", "f", "{}") != ToolCall("i", "f", "{}")
     assert Plain("i", "f", "{}") == Plain("i", "f", "{}")
     first, second = ToolCall("i", "f", "{}"), ToolCall("i", "f", "{}")
+    first.mine = 1
+    assert first == second
     first.extra["e"] = 1
     assert second.extra == {}
+
+
+@pytest.mark.parametrize("look", ["dataclasses.fields(cs.Usage)", "repr(cs.Usage())",
+                                  "cs.Usage() == cs.Usage()", "cs.Usage.__dataclass_params__",
+                                  "dataclasses.replace(cs.Usage(1), prompt_tokens=2)",
+                                  "hasattr(cs.Usage, '__replace__')"])  # fmt: skip
+def test_our_dataclasses_at_the_first_look_of_many_threads(look):
+    """In an interpreter where nobody has looked before."""
+    code = f"""
+import dataclasses, sys, threading
+import chatstream as cs
+sys.setswitchinterval(1e-6)
+start = threading.Barrier(8)
+seen = []
+def run():
+    start.wait()
+    seen.append(str({look}))
+threads = [threading.Thread(target=run) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+sys.exit(len(seen) != 8 or len(set(seen)) != 1)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
 
 # --------------------------------------------------------------------------------------

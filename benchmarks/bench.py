@@ -559,7 +559,8 @@ def child(function, *args, timeout=None):
 # Rounds
 # --------------------------------------------------------------------------------------
 
-#: scenario: (events of a request, requests, the same for openai, unit, units a second)
+#: scenario: (events of a request (big: bytes), requests, the same for openai, unit, how
+#: many of it are a second)
 LOADS = {
     "bulk": (10_000, 6, 1_000, 2, "us/event", 1e6),
     "single": (10_000, 6, 1_000, 2, "us/event", 1e6),
@@ -606,7 +607,7 @@ class Bench:
         return random.sample(self.contenders, len(self.contenders))
 
     def load(self, scenario, name):
-        count, requests, *fewer, _, units = LOADS[scenario]
+        count, requests, *fewer, unit, scale = LOADS[scenario]
         if name.startswith("openai"):
             count, requests = fewer
         if math.isinf(self.median(scenario, name)):
@@ -623,8 +624,8 @@ class Bench:
         elif answer["digests"] != [expected(scenario, count)]:
             raise SystemExit(f"{name}, {scenario}: not the text or tool calls sent")
         else:
-            events = count if units == 1e6 else 1
-            self.add(scenario, name, answer["cpu"] / events * units)
+            events = count if unit == "us/event" else 1
+            self.add(scenario, name, answer["cpu"] / events * scale)
             if scenario == "single":
                 self.add("memory", name, answer["rss"])
 
