@@ -249,7 +249,7 @@ class ServerError(StreamError):
 
 
 # --------------------------------------------------------------------------------------
-# @dataclass, but made when it is first used
+# @dataclass, but without its import
 # --------------------------------------------------------------------------------------
 
 
@@ -257,11 +257,11 @@ if TYPE_CHECKING:
     from dataclasses import dataclass as _dataclass
     from dataclasses import field as _field
 else:
-    # To import dataclasses (and with it inspect), and to have it write all methods of each
-    # class, was a quarter of `import chatstream`. At run time only __init__ is made with
-    # the class; dataclasses makes the rest, each part when it is first used.
+    # To import dataclasses (and with it inspect), and to have it write all methods of all
+    # classes, was a quarter of `import chatstream`. This is the same at run time, but for
+    # what only dataclasses itself looks for: it makes that when it is first looked up.
 
-    _field = dict  # field()'s arguments; any other default that is a dict is forbidden
+    _field = dict  # the arguments of field(); a default of another kind is never a dict
 
     class _Factory:
         """The default of a parameter whose value is made anew for each object."""
@@ -269,34 +269,34 @@ else:
         def __repr__(self) -> str:
             return "<factory>"
 
-    _FACTORY = _Factory()
-
     class _Later:
-        """An attribute of `cls` that dataclasses makes when it is first looked up."""
+        """The attribute `name` of `cls`, until it is first looked up."""
 
-        def __init__(self, cls: type, name: str, fields: dict[str, dict]) -> None:
-            self.cls, self.name, self.fields = cls, name, fields
+        def __init__(self, name: str, cls: type, fields: dict[str, dict]) -> None:
+            self.name, self.cls, self.fields = name, cls, fields
 
         def __get__(self, instance: Any, owner: Any = None) -> Any:
-            from dataclasses import field, make_dataclass
+            from dataclasses import field, fields, make_dataclass
 
-            types = self.cls.__annotations__
-            fields = [(n, types[n], field(**f)) for n, f in self.fields.items()]
-            value = getattr(make_dataclass(self.cls.__name__, fields), self.name)
-            setattr(self.cls, self.name, value)
-            return value.__get__(instance, owner) if callable(value) else value
+            specs = [(name, object, field(**f)) for name, f in self.fields.items()]
+            made = make_dataclass(self.cls.__name__, specs)
+            for f in fields(made):
+                f.type = self.cls.__annotations__[f.name]
+            setattr(self.cls, self.name, getattr(made, self.name))
+            return getattr(made, self.name)
 
     def _make_init(cls: type, fields: dict[str, dict]) -> Any:
-        source = f"def __init__(self, {', '.join(fields)}):"
+        source = f"def make(_FACTORY):\n  def __init__(self, {', '.join(fields)}):"
         for name, field in fields.items():
             source += f"\n    self.{name} = {name}"
             if "default_factory" in field:
                 factory = field["default_factory"].__name__
                 source += f" if {name} is not _FACTORY else {factory}()"
         made: dict[str, Any] = {}
-        exec(source, globals(), made)
-        init = made["__init__"]
-        given = [f for f in fields.values() if f]
+        exec(source + "\n  return __init__", globals(), made)
+        _FACTORY = _Factory()
+        init = made["make"](_FACTORY)
+        given = [field for field in fields.values() if field]
         init.__defaults__ = tuple(f.get("default", _FACTORY) for f in given)
         init.__annotations__ = {**cls.__annotations__, "return": None}
         init.__qualname__ = f"{cls.__qualname__}.__init__"
@@ -310,13 +310,34 @@ else:
                 fields[name] = {"default": default}
             elif default:
                 delattr(cls, name)
-        cls.__init__ = _make_init(cls, fields)
-        cls.__hash__ = None
-        cls.__match_args__ = tuple(fields)
-        for word in ("dataclass_fields", "dataclass_params", "eq", "repr", "replace"):
-            name = f"__{word}__"
-            if name not in vars(cls):
-                setattr(cls, name, _Later(cls, name, fields))
+
+        def values(self: Any) -> dict[str, Any]:
+            return {name: getattr(self, name) for name in fields}
+
+        def eq(self: Any, other: Any) -> Any:
+            same = other.__class__ is self.__class__
+            return values(self) == values(other) if same else NotImplemented
+
+        def repr(self: Any) -> str:
+            shown = [n for n, field in fields.items() if field.get("repr", True)]
+            text = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+            return f"{self.__class__.__qualname__}({text})"
+
+        def replace(self: Any, **changes: Any) -> Any:
+            return self.__class__(**{**values(self), **changes})
+
+        made = {
+            "__init__": _make_init(cls, fields),
+            "__eq__": eq,
+            "__hash__": None,
+            "__repr__": repr,
+            "__replace__": replace,
+            "__match_args__": tuple(fields),
+        }
+        for name in ("__dataclass_fields__", "__dataclass_params__"):
+            made[name] = _Later(name, cls, fields)
+        for name in made.keys() - vars(cls).keys():
+            setattr(cls, name, made[name])
         return cls
 
 
@@ -1543,8 +1564,8 @@ def _read_blocks(
                 state.fault = _cut(f"{missing} bytes short of its Content-Length")
             elif not reply.file.ended:
                 state.fault = _cut("without its last chunk")
-            elif empty and _ends_in_headers(response):
-                state.fault = _cut("inside its headers")
+            elif empty and _seems_cut_in_headers(response):
+                state.fault = _cut("inside its headers, it seems")
             else:
                 reply.complete = True
             return
@@ -1563,14 +1584,17 @@ def _read_blocks(
             return
 
 
-def _ends_in_headers(response: Any) -> bool:
-    """Whether the reply, whose body is empty, was cut in its headers, as far as one can
-    tell: http.client takes the end of the connection for the end of the headers."""
+def _seems_cut_in_headers(response: Any) -> bool:
+    """For an empty body. http.client takes the end of the connection for the end of the
+    headers; what tells is a header that is missing or broken off."""
     headers = response.headers
     if response.chunked or getattr(response, "length", 0) is not None:
         return False
-    broken = bool(headers.defects) or "transfer-encoding" in headers
-    return broken or "content-type" not in headers
+    if response.version < 11 or "close" in headers.get("connection", "").lower():
+        return False  # the end of the connection was to be the end (RFC 9112, 9.6)
+    framed = "content-length" in headers or "transfer-encoding" in headers
+    typed = "/" in headers.get("content-type", "")
+    return framed or not typed or bool(headers.defects)
 
 
 def _idle_timeout(seconds: float | None, where: str) -> IdleTimeoutError:
@@ -2061,7 +2085,7 @@ def _read_chunk(state: _State, chunk: dict[str, Any]) -> list[Event]:
 
 
 def _str(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    return _replace_surrogates(value) if isinstance(value, str) else ""
 
 
 def _read_choice(
@@ -2217,6 +2241,8 @@ def _join_halves(state: _State, key: _HalfKey, text: str) -> str:
 
 
 def _replace_surrogates(text: str) -> str:
+    if text.isascii():
+        return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -2246,7 +2272,8 @@ def _read_call(
         arguments = (
             "" if call.has_arguments else json.dumps(arguments, ensure_ascii=False)
         )
-    arguments = _str(arguments)
+    if not isinstance(arguments, str):
+        arguments = ""
     call.has_arguments = call.has_arguments or bool(arguments)
     arguments = _join_halves(state, (ToolCallDelta, choice.index, call), arguments)
     known = ("index", "id", "type", "function")

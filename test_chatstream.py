@@ -12,6 +12,7 @@ import dataclasses
 import email.utils
 import gc
 import gzip
+import importlib.util
 import inspect
 import json
 import logging
@@ -701,6 +702,8 @@ ROWS = [
     ("B20 unknown members", sse(C("a", obfuscation="q7", service_tier="x", citations=[1], logprobs=1.5),
                                 C("b", obfuscation="w"), STOP, DONE), [A, B, END]),
     ("B21 surrogates", sse(C("x\ud83d"), C("\udc69y"), STOP, DONE), [TextDelta("x"), TextDelta("👩y"), END]),
+    ("B21 lone surrogates in names", sse(C("a", id="c\ud83d"), tool(0, "i\ud83d", "f\ud83d", "{}"), DONE),
+     [A, ToolCallDelta(0, "i\ufffd", "f\ufffd", "{}"), Completed("c\ufffd", "m1")]),
     ("B21 lone surrogates", sse(C("\ud83d"), C("z"), C("\udc69"), C("q\ud83d"), STOP, DONE),
      [TextDelta("\ufffdz"), TextDelta("\ufffd"), TextDelta("q"), TextDelta("\ufffd"), END]),
     ("B21 by kind and choice",
@@ -1147,11 +1150,19 @@ def test_a_cut_before_the_first_event_is_retried(transport, how, sleeps):
     assert (got, type(failure), failure.attempts) == ([], cs.TransportError, 2)
 
 
-@pytest.mark.parametrize("start", ["H", "HTTP/1.1 200", "HTTP/1.1 200 OK\r\n",
-                                   "HTTP/1.1 200 OK\r\nServer: a\r\nContent-Ty",
-                                   "HTTP/1.1 200 OK\r\nContent-Type: a\r\nTransfer-",
-                                   "HTTP/1.1 200 OK\r\nContent-Type: a\r\n"
-                                   "Transfer-Encoding: chu"])  # fmt: skip
+@pytest.mark.parametrize(
+    "start",
+    [
+        "H",
+        "HTTP/1.1 200",
+        "HTTP/1.1 200 OK\r\n",
+        "HTTP/1.1 200 OK\r\nServer: a\r\nContent-Ty",
+        "HTTP/1.1 200 OK\r\nServer: a\r\nContent-Type: tex",
+        "HTTP/1.1 200 OK\r\nContent-Type: a/b\r\nTransfer-",
+        "HTTP/1.1 200 OK\r\nContent-Type: a/b\r\nTransfer-Encoding: chu",
+        "HTTP/1.1 200 OK\r\nContent-Type: a/b\r\nContent-Length:",
+    ],
+)
 def test_a_cut_inside_the_headers_is_retried(transport, start, sleeps):
     with Server([start.encode(), CLOSE], [reply(PLAIN)]) as server:
         assert list(ask(server, max_retries=1)) == [A, B, END]
@@ -1160,8 +1171,18 @@ def test_a_cut_inside_the_headers_is_retried(transport, start, sleeps):
     assert (got, type(failure)) == ([], cs.TransportError)
 
 
-def test_an_empty_answer_without_a_length_is_none_that_was_cut(transport):
-    with Server([head("200 OK"), CLOSE]) as server:
+@pytest.mark.parametrize(
+    "whole",
+    [
+        head("200 OK"),
+        head("200 OK", "Connection: close", type=None),
+        head("200 OK", "Content-Length: 0", type=None),
+        b"HTTP/1.0 200 OK\r\n\r\n",
+        reply(type=None),
+    ],
+)
+def test_an_empty_answer_is_none_that_was_cut(transport, whole):
+    with Server([whole, CLOSE]) as server:
         assert list(ask(server)) == [Completed()]
 
 
@@ -2452,6 +2473,21 @@ def test_our_dataclasses_have_subclasses():
     assert first == second
     first.extra["e"] = 1
     assert second.extra == {}
+
+
+def test_our_dataclasses_need_no_name_in_sys_modules():
+    """Such as cloudpickle, runpy and reloaders leave behind."""
+    old = Message()
+    spec = importlib.util.spec_from_file_location("elsewhere", cs.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    first = module.Message
+    assert first() == first()
+    assert repr(first()) == repr(old)
+    assert dataclasses.asdict(first()) == dataclasses.asdict(old)
+    spec.loader.exec_module(module)  # as importlib.reload() does
+    assert first().extra == {}
+    assert first() != module.Message()
 
 
 @pytest.mark.parametrize("look", ["dataclasses.fields(cs.Usage)", "repr(cs.Usage())",
