@@ -257,11 +257,11 @@ if TYPE_CHECKING:
     from dataclasses import dataclass as _dataclass
     from dataclasses import field as _field
 else:
-    # To import dataclasses (and with it inspect), and to have it write all methods of all
-    # classes, was a quarter of `import chatstream`. This is the same at run time, but for
-    # what only dataclasses itself looks for: it makes that when it is first looked up.
+    # The same at run time. To import dataclasses (and with it inspect), and to have it
+    # write all methods of all classes, was a quarter of `import chatstream`. What only
+    # functions of dataclasses look for on a class, it still makes: when it is looked up.
 
-    _field = dict  # the arguments of field(); a default of another kind is never a dict
+    _field = dict  # the arguments of field(); no other default is a dict
 
     class _Factory:
         """The default of a parameter whose value is made anew for each object."""
@@ -286,18 +286,18 @@ else:
             return getattr(made, self.name)
 
     def _make_init(cls: type, fields: dict[str, dict]) -> Any:
-        source = f"def make(_FACTORY):\n  def __init__(self, {', '.join(fields)}):"
+        source = f"def make(anew):\n  def __init__(self, {', '.join(fields)}):"
         for name, field in fields.items():
             source += f"\n    self.{name} = {name}"
             if "default_factory" in field:
                 factory = field["default_factory"].__name__
-                source += f" if {name} is not _FACTORY else {factory}()"
+                source += f" if {name} is not anew else {factory}()"
         made: dict[str, Any] = {}
         exec(source + "\n  return __init__", globals(), made)
-        _FACTORY = _Factory()
-        init = made["make"](_FACTORY)
+        anew = _Factory()
+        init = made["make"](anew)
         given = [field for field in fields.values() if field]
-        init.__defaults__ = tuple(f.get("default", _FACTORY) for f in given)
+        init.__defaults__ = tuple(field.get("default", anew) for field in given)
         init.__annotations__ = {**cls.__annotations__, "return": None}
         init.__qualname__ = f"{cls.__qualname__}.__init__"
         return init
