@@ -1203,8 +1203,8 @@ def _judge_end(request: _Request, state: _State, started: bool) -> None:
 class _Reply:
     """A reply whose headers are there, and what to do with its connection.
 
-    response: http.client.HTTPResponse, also inside urllib3's (which is all there is, should
-        it not give that away).
+    response: http.client.HTTPResponse; on urllib3 the one inside its own response, or that
+        itself, should there be none inside.
     sock: the connection's socket, where the connection can be used again; else None.
     errors: what reading may raise; set by _open().
     file: what stands between the response and its socket, for a chunked body.
@@ -1592,9 +1592,9 @@ def _seems_cut_in_headers(response: Any) -> bool:
         return False
     if response.version < 11 or "close" in headers.get("connection", "").lower():
         return False  # the end of the connection was to be the end (RFC 9112, 9.6)
-    framed = "content-length" in headers or "transfer-encoding" in headers
-    typed = "/" in headers.get("content-type", "")
-    return framed or not typed or bool(headers.defects)
+    if "content-length" in headers or "transfer-encoding" in headers:
+        return True  # with its whole value it would have given a length, or chunks
+    return bool(headers.defects) or "/" not in headers.get("content-type", "")
 
 
 def _idle_timeout(seconds: float | None, where: str) -> IdleTimeoutError:
