@@ -258,8 +258,8 @@ if TYPE_CHECKING:
     from dataclasses import field as _field
 else:
     # The same at run time. To import dataclasses (and with it inspect), and to have it
-    # write all methods of all classes, was a quarter of `import chatstream`. What only
-    # functions of dataclasses look for on a class, it still makes: when it is looked up.
+    # write all methods of all classes, was a quarter of `import chatstream`. What its
+    # functions, such as asdict(), look for on a class it still makes, at their first look.
 
     _field = dict  # the arguments of field(); no other default is a dict
 
@@ -1212,10 +1212,7 @@ class _Reply:
     """
 
     def __init__(
-        self,
-        response: Any,
-        sock: Any,
-        release: Callable[[bool], None],
+        self, response: Any, sock: Any, release: Callable[[bool], None]
     ) -> None:
         self.response = response
         self.errors: tuple[type[Exception], ...] = ()
@@ -1296,11 +1293,8 @@ def _open(request: _Request) -> _Reply:
         import urllib3
     except ImportError:
         urllib3 = None
-    errors: tuple[type[Exception], ...] = (
-        OSError,
-        http.client.HTTPException,
-        ValueError,
-    )
+    errors: tuple[type[Exception], ...]
+    errors = (OSError, http.client.HTTPException, ValueError)
     if urllib3:
         errors += (urllib3.exceptions.HTTPError,)
 
@@ -1716,7 +1710,8 @@ def _time_limit(response: Any, seconds: float) -> Iterator[None]:
     """Shut the connection down after `seconds`, whatever read is waiting on it.
 
     A timeout of the socket would bound each read, not their sum; and urllib3 gives no
-    access to the socket of a connection that will close.
+    access to the socket of a connection that will close. So this is another handle of
+    it, whose address family does not matter to shutdown().
     """
     try:
         handle = socket.fromfd(response.fileno(), socket.AF_INET, socket.SOCK_STREAM)
@@ -1884,15 +1879,15 @@ def _split_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
     data: list[bytes] = []
     other: list[bytes] | None = []  # lines that are no SSE, until the first data
     has_fields = False  # besides data: a comment, or another field
-    size = 0  # of data, or else of other
+    size = 0  # of the lines in data, or else in other
     for line in lines:
         if not line:
             if data:
                 yield kind, b"\n".join(data)
                 data = []
             kind = _DATA
-        elif line.startswith(b"data: {") and not data:  # of lines with data nearly all
-            data.append(line[6:])
+        elif line.startswith(b"data: {") and not data:
+            data.append(line[6:])  # nearly all are like this; as below, but faster
             other = None
             size = len(line)
         elif line.startswith(b"data:"):
@@ -2078,8 +2073,7 @@ def _read_chunk(state: _State, chunk: dict[str, Any]) -> list[Event]:
                 if type(index) is not int:  # Cloudflare sends none
                     index = position
                 _read_choice(state, index, choice, events)
-    if "x_groq" in chunk:
-        _read_usage(state, _first_dict(chunk["x_groq"]).get("usage"))
+    _read_usage(state, _first_dict(chunk.get("x_groq")).get("usage"))
     _read_usage(state, chunk.get("usage"))
     return events
 
@@ -2106,8 +2100,7 @@ def _read_choice(
     reason = data.get("finish_reason")
     if reason and not choice.finish_reason:  # OpenRouter repeats it, with another one
         choice.finish_reason = _str(reason)
-    if "usage" in data:
-        _read_usage(state, data["usage"])
+    _read_usage(state, data.get("usage"))  # Moonshot
 
 
 def _read_usage(state: _State, data: Any) -> None:
@@ -2155,7 +2148,7 @@ def _read_delta(
         for call in calls:
             if isinstance(call, dict):
                 _read_call(state, choice, call, events)
-    elif "function_call" in delta and isinstance(delta["function_call"], dict):
+    elif isinstance(delta.get("function_call"), dict):
         # Before tools there was one function: call 0 (functionary, llama-cpp-python).
         call = {"index": 0, "function": delta["function_call"]}
         _read_call(state, choice, call, events)

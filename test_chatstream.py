@@ -579,6 +579,9 @@ ROWS = [
     ("A1 LF", PLAIN, [A, B, END]),
     ("A1 CRLF", PLAIN.replace(b"\n", b"\r\n"), [A, B, END]),
     ("A1 CR", PLAIN.replace(b"\n", b"\r"), [A, B, END]),
+    ("A1 CRLF inside an event", b'data: {"id":"c1","model":"m1","choices":[{"delta":\r\ndata: {"content":"a"}}]}\r\n\r\n' + sse(C("b"), STOP, DONE), [A, B, END]),
+    ("E3 other lines before data", b"hello\n\n" + sse(C("a"), STOP), [A, END]),
+    ("E3 other lines before data:", b"hello\n\ndata:" + sse(C("a"), STOP)[6:].replace(b"data: ", b"data:"), [A, END]),
     ("A1 mixed", sse(C("a")) + sse(C("b"), end="\r\n\n") + sse(STOP, end="\r\r"), [A, B, END]),
     (
         "A1 other separators are text",
@@ -1648,6 +1651,16 @@ def test_endless_events_end_in_an_error(transport, endless, monkeypatch):
     assert str(1 << 17) in str(failure)
 
 
+@pytest.mark.parametrize("first", [b"data: {", b"data:{", b"data: x"])
+def test_the_lines_of_an_event_are_counted_together(first, monkeypatch):
+    monkeypatch.setattr(cs, "_MAX_EVENT", 100)
+    line = first + b"y" * 60 + b"\n"
+    assert decode([line + b"\n" + line + b"\n"])[1] is None
+    for second in (b"data: {", b"data: y"):
+        _, failure = decode([line + second + b"y" * 60 + b"\n\n"])
+        assert type(failure) is cs.StreamError
+
+
 def test_one_large_event_in_small_reads(transport):
     text = "x" * (8 << 20)
     body = sse(C(text), STOP, DONE)
@@ -2493,7 +2506,7 @@ def test_our_dataclasses_need_no_name_in_sys_modules():
 @pytest.mark.parametrize("look", ["dataclasses.fields(cs.Usage)", "repr(cs.Usage())",
                                   "cs.Usage() == cs.Usage()", "cs.Usage.__dataclass_params__",
                                   "dataclasses.replace(cs.Usage(1), prompt_tokens=2)",
-                                  "hasattr(cs.Usage, '__replace__')"])  # fmt: skip
+                                  "cs.Usage.__dataclass_fields__['prompt_tokens'].type"])  # fmt: skip
 def test_our_dataclasses_at_the_first_look_of_many_threads(look):
     """In an interpreter where nobody has looked before."""
     code = f"""
