@@ -1,8 +1,9 @@
-# chatstream 1.0.0: stream a chat completion from a Python script. One file, MIT.
+# chatstream 1.1.0: stream a chat completion from a Python script. One file, MIT.
 # The Python distribution chatstream-py: copy this file beside your code, or install a
 # checkout. It is its own documentation; the README of the distribution has recipes.
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the chatstream authors; the licence is at the end of this file.
+# pyright: standard
 """Stream a chat completion from any OpenAI-compatible server.
 
     import chatstream
@@ -11,12 +12,16 @@
         if isinstance(ev, chatstream.TextDelta):
             print(ev.text, end="", flush=True)
 
-`stream()` sends one `POST {base_url}/chat/completions` and yields events as the server
-sends them. `aggregate()` turns those events into whole messages:
+Start with help(chatstream.stream): it explains every option. The functions are
 
-    for ev in chatstream.aggregate(chatstream.stream("Hi", model="gpt-4o-mini")):
-        if isinstance(ev, chatstream.Message):
-            print(ev.content)
+    stream()     ask, and yield the events of the answer as they arrive
+    complete()   ask, and return the whole answer as one Message
+    aggregate()  events -> whole messages
+    decode()     the bytes of an answer, from anywhere -> events
+    cancel()     stop a stream() from another thread
+
+and on the command line `python chatstream.py -m gpt-4o-mini "Why is the sky blue?"`
+does the same (`--help` lists its options, `--demo` needs no key and no network).
 
 Events, in the order of an answer:
 
@@ -35,6 +40,8 @@ Errors:
       StatusError             a reply that is not 2xx
         RetryLimitError       the same, after the retries
       TransportError          no connection, or it broke before the first event
+      DeadlineError           `deadline` has passed (also a TimeoutError)
+      CancelledError          cancel() was called
       StreamError             a 2xx answer went wrong
         IdleTimeoutError      silence (also a TimeoutError)
         TruncatedStreamError  cut in the middle
@@ -48,6 +55,7 @@ http.client does, one connection a call. Logger: "chatstream".
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import json
@@ -60,20 +68,29 @@ import string
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
 
-# dataclasses, http.client, ssl, urllib and urllib3 are imported where they are first
-# needed: together they would be most of the time that `import chatstream` takes.
+# http.client, ssl, urllib and urllib3 are imported where they are first needed: together
+# they would be most of the time that `import chatstream` takes.
+if TYPE_CHECKING:
+    from http.client import HTTPConnection as _ConnectionBase
+else:
+    _ConnectionBase = object
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 __all__ = [
     "stream",
+    "complete",
     "aggregate",
+    "decode",
+    "cancel",
     "Provider",
     "PROVIDERS",
     "Event",
@@ -91,6 +108,8 @@ __all__ = [
     "StatusError",
     "RetryLimitError",
     "TransportError",
+    "DeadlineError",
+    "CancelledError",
     "StreamError",
     "IdleTimeoutError",
     "TruncatedStreamError",
@@ -109,6 +128,19 @@ _BLOCK_SIZE = 65536
 #: much in one piece; a server gone wrong might, until memory is full.
 _MAX_EVENT = 64 * 1024 * 1024
 
+#: Objects and lists that one event may have: each takes some 60 bytes of memory, and as
+#: little as 3 bytes of the event. The longest answer with logprobs has a tenth of this.
+_MAX_OBJECTS = 1_000_000
+
+#: Choices of an answer, and tool calls of a choice. No model makes as many.
+_MAX_CHOICES = _MAX_CALLS = 1024
+
+#: Bytes of a chunk-size line with its extensions, and of all trailers together.
+_MAX_FRAMING = 16 * 1024
+
+#: 1xx replies that are read past before the real one.
+_MAX_INTERIM = 32
+
 #: Bytes that are read of a reply that is not 2xx: enough for any error message.
 _MAX_ERROR_BODY = 64 * 1024
 
@@ -118,6 +150,13 @@ _ERROR_BODY_SECONDS = 5.0
 #: Seconds after `[DONE]` in which the body may still end, so that its connection can
 #: be used again. The caller has its Completed before that.
 _GRACE_SECONDS = 0.05
+
+#: Characters of a sentence for people, of a quotation of what the server sent, and of an
+#: error's whole text: a server may send megabytes.
+_MAX_SENTENCE, _MAX_QUOTE, _MAX_TEXT = 2000, 200, 4000
+
+#: Characters that are kept of a finish_reason, which is one word.
+_MAX_REASON = 1000
 
 #: Bytes that are logged of a request's body, at DEBUG: not the whole of an image.
 _MAX_LOGGED = 2000
@@ -130,6 +169,10 @@ _LONGEST_RETRY_AFTER = 120.0
 
 #: Connections kept for reuse, per host. Above it urllib3 would drop one and warn.
 _POOL_SIZE = 256
+
+#: Seconds of silence after which TCP asks whether the other side is still there, so that
+#: no NAT or firewall forgets a connection on which a model thinks.
+_KEEPALIVE_SECONDS = 30
 
 #: socket.settimeout() takes no more: milliseconds in a C int.
 _LONGEST_TIMEOUT = 2_147_483
@@ -148,13 +191,21 @@ class ChatStreamError(Exception):
         it gave none or was not reached.
     """
 
-    partial: tuple[Message, ...] = ()
-    request_id: str = ""
+    partial: tuple[Message, ...]
+    request_id: str
 
-    def __init__(self, text: str = "", **fields: Any) -> None:
-        # The fields live in __dict__, which is what pickle and copy carry over.
+    # The fields of an error are attributes of the instance, none of its class: pickle
+    # and copy carry them over, and Ray's wrappers of an error find those of the original.
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        partial: tuple[Message, ...] = (),
+        request_id: str = "",
+    ) -> None:
         super().__init__(text)
-        vars(self).update(fields)
+        self.partial = partial
+        self.request_id = request_id
 
 
 class MissingAPIKeyError(ChatStreamError):
@@ -164,8 +215,15 @@ class MissingAPIKeyError(ChatStreamError):
     instructions: str, where to get a key; "" if the provider has none.
     """
 
-    env_key: str = ""
-    instructions: str = ""
+    env_key: str
+    instructions: str
+
+    def __init__(
+        self, text: str = "", *, env_key: str = "", instructions: str = "", **base: Any
+    ) -> None:
+        super().__init__(text, **base)
+        self.env_key = env_key
+        self.instructions = instructions
 
 
 class StatusError(ChatStreamError):
@@ -173,16 +231,39 @@ class StatusError(ChatStreamError):
 
     status: int, the HTTP status.
     body: str, the first 64 KiB of the reply's body; "" if it could not be read.
-    message: str, the sentence in it that is meant for people; "" if there is none.
+    message: str, the sentence in it that is meant for people, at most 2,000 characters;
+        "" if there is none.
     code: the error code as the server sent it (str, int, None ...); never converted.
     retry_after: float, the seconds that the server asked to wait; None if it did not.
+    headers: dict, the reply's headers, names in lower case, without set-cookie.
     """
 
-    status: int = 0
-    body: str = ""
-    message: str = ""
-    code: Any = None
-    retry_after: float | None = None
+    status: int
+    body: str
+    message: str
+    code: Any
+    retry_after: Optional[float]
+    headers: dict[str, str]
+
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        status: int = 0,
+        body: str = "",
+        message: str = "",
+        code: Any = None,
+        retry_after: Optional[float] = None,
+        headers: Optional[dict[str, str]] = None,
+        **base: Any,
+    ) -> None:
+        super().__init__(text, **base)
+        self.status = status
+        self.body = body
+        self.message = message
+        self.code = code
+        self.retry_after = retry_after
+        self.headers = headers or {}
 
 
 class RetryLimitError(StatusError):
@@ -191,7 +272,11 @@ class RetryLimitError(StatusError):
     attempts: int, the requests made.
     """
 
-    attempts: int = 0
+    attempts: int
+
+    def __init__(self, text: str = "", *, attempts: int = 0, **base: Any) -> None:
+        super().__init__(text, **base)
+        self.attempts = attempts
 
 
 class TransportError(ChatStreamError):
@@ -202,11 +287,33 @@ class TransportError(ChatStreamError):
     attempts: int, the requests made.
     """
 
-    attempts: int = 0
+    attempts: int
+
+    def __init__(self, text: str = "", *, attempts: int = 0, **base: Any) -> None:
+        super().__init__(text, **base)
+        self.attempts = attempts
+
+
+class DeadlineError(ChatStreamError, TimeoutError):
+    """The call as a whole took longer than `deadline`. Never retried.
+
+    seconds: float, the deadline.
+    """
+
+    seconds: float
+
+    def __init__(self, text: str = "", *, seconds: float = 0.0, **base: Any) -> None:
+        super().__init__(text, **base)
+        self.seconds = seconds
+
+
+class CancelledError(ChatStreamError):
+    """cancel() was called."""
 
 
 class StreamError(ChatStreamError):
-    """A 2xx answer went wrong: it is no event stream, or too large, or one of those below."""
+    """A 2xx answer went wrong: it is no chat completion, or too large, or one of those
+    below."""
 
 
 class IdleTimeoutError(StreamError, TimeoutError):
@@ -215,13 +322,17 @@ class IdleTimeoutError(StreamError, TimeoutError):
     seconds: float, the bound that struck; the text says which one.
     """
 
-    seconds: float = 0.0
+    seconds: float
+
+    def __init__(self, text: str = "", *, seconds: float = 0.0, **base: Any) -> None:
+        super().__init__(text, **base)
+        self.seconds = seconds
 
 
 class TruncatedStreamError(StreamError):
     """Cut after something was yielded.
 
-    With strict=True also: ended without a finish_reason or [DONE].
+    With strict=True also: ended without a finish_reason.
     """
 
 
@@ -231,114 +342,41 @@ class MalformedChunkError(StreamError):
     data: str, the text of it.
     """
 
-    data: str = ""
+    data: str
+
+    def __init__(self, text: str = "", *, data: str = "", **base: Any) -> None:
+        super().__init__(text, **base)
+        self.data = data
 
 
 class ServerError(StreamError):
     """The server reported an error inside its 200 answer.
 
     code, type: as the server sent them; None if it did not.
-    message: str, the sentence that is meant for people.
+    message: str, the sentence that is meant for people, at most 2,000 characters.
     raw: the error's parsed JSON, or its text where it is not JSON.
     """
 
-    code: Any = None
-    type: Any = None
-    message: str = ""
-    raw: Any = None
+    code: Any
+    type: Any
+    message: str
+    raw: Any
 
-
-# --------------------------------------------------------------------------------------
-# @dataclass, but without its import
-# --------------------------------------------------------------------------------------
-
-
-if TYPE_CHECKING:
-    from dataclasses import dataclass as _dataclass
-    from dataclasses import field as _field
-else:
-    # The same at run time. To import dataclasses (and with it inspect), and to have it
-    # write all methods of all classes, was a quarter of `import chatstream`. What its
-    # functions, such as asdict(), look for on a class it still makes, at their first look.
-
-    _field = dict  # the arguments of field(); no other default is a dict
-
-    class _Factory:
-        """The default of a parameter whose value is made anew for each object."""
-
-        def __repr__(self) -> str:
-            return "<factory>"
-
-    class _Later:
-        """The attribute `name` of `cls`, until it is first looked up."""
-
-        def __init__(self, name: str, cls: type, fields: dict[str, dict]) -> None:
-            self.name, self.cls, self.fields = name, cls, fields
-
-        def __get__(self, instance: Any, owner: Any = None) -> Any:
-            from dataclasses import field, fields, make_dataclass
-
-            specs = [(name, object, field(**f)) for name, f in self.fields.items()]
-            made = make_dataclass(self.cls.__name__, specs)
-            for f in fields(made):
-                f.type = self.cls.__annotations__[f.name]
-            setattr(self.cls, self.name, getattr(made, self.name))
-            return getattr(made, self.name)
-
-    def _make_init(cls: type, fields: dict[str, dict]) -> Any:
-        source = f"def make(anew):\n  def __init__(self, {', '.join(fields)}):"
-        for name, field in fields.items():
-            source += f"\n    self.{name} = {name}"
-            if "default_factory" in field:
-                factory = field["default_factory"].__name__
-                source += f" if {name} is not anew else {factory}()"
-        made: dict[str, Any] = {}
-        exec(source + "\n  return __init__", globals(), made)
-        anew = _Factory()
-        init = made["make"](anew)
-        given = [field for field in fields.values() if field]
-        init.__defaults__ = tuple(field.get("default", anew) for field in given)
-        init.__annotations__ = {**cls.__annotations__, "return": None}
-        init.__qualname__ = f"{cls.__qualname__}.__init__"
-        return init
-
-    def _dataclass(cls: type) -> type:
-        fields = {}  # name -> the arguments of its field()
-        for name in cls.__annotations__:
-            fields[name] = default = vars(cls).get(name, {})
-            if not isinstance(default, dict):
-                fields[name] = {"default": default}
-            elif default:
-                delattr(cls, name)
-
-        def values(self: Any) -> dict[str, Any]:
-            return {name: getattr(self, name) for name in fields}
-
-        def eq(self: Any, other: Any) -> Any:
-            same = other.__class__ is self.__class__
-            return values(self) == values(other) if same else NotImplemented
-
-        def repr(self: Any) -> str:
-            shown = [n for n, field in fields.items() if field.get("repr", True)]
-            text = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
-            return f"{self.__class__.__qualname__}({text})"
-
-        def replace(self: Any, **changes: Any) -> Any:
-            return self.__class__(**{**values(self), **changes})
-
-        made = {
-            "__init__": _make_init(cls, fields),
-            "__eq__": eq,
-            "__hash__": None,
-            "__repr__": repr,
-            "__replace__": replace,
-            "__match_args__": tuple(fields),
-        }
-        for name in ("__dataclass_fields__", "__dataclass_params__"):
-            made[name] = _Later(name, cls, fields)
-        for name in made.keys() - vars(cls).keys():
-            setattr(cls, name, made[name])
-        return cls
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        code: Any = None,
+        type: Any = None,
+        message: str = "",
+        raw: Any = None,
+        **base: Any,
+    ) -> None:
+        super().__init__(text, **base)
+        self.code = code
+        self.type = type
+        self.message = message
+        self.raw = raw
 
 
 # --------------------------------------------------------------------------------------
@@ -346,7 +384,7 @@ else:
 # --------------------------------------------------------------------------------------
 
 
-@_dataclass
+@dataclass
 class TextDelta:
     """A piece of the answer.
 
@@ -358,7 +396,7 @@ class TextDelta:
     choice: int = 0
 
 
-@_dataclass
+@dataclass
 class ReasoningDelta:
     """A piece of the model's reasoning.
 
@@ -373,7 +411,7 @@ class ReasoningDelta:
     extra: Optional[dict[str, Any]] = None
 
 
-@_dataclass
+@dataclass
 class RefusalDelta:
     """A piece of a refusal.
 
@@ -385,7 +423,7 @@ class RefusalDelta:
     choice: int = 0
 
 
-@_dataclass
+@dataclass
 class ToolCallDelta:
     """A piece of a tool call.
 
@@ -395,6 +433,8 @@ class ToolCallDelta:
     arguments: str, this delta's fragment of the JSON text; may be "".
     extra: dict, members of the call that are not OpenAI's; None if there are none.
     choice: int.
+    type: str, "function"; "custom" for one of OpenAI's custom tools, whose `arguments`
+        are free text.
     """
 
     index: int
@@ -403,9 +443,10 @@ class ToolCallDelta:
     arguments: str = ""
     extra: Optional[dict[str, Any]] = None
     choice: int = 0
+    type: str = "function"
 
 
-@_dataclass
+@dataclass
 class Chunk:
     """With raw=True: one JSON object as sent, before the events made from it.
 
@@ -415,31 +456,39 @@ class Chunk:
     data: dict[str, Any]
 
 
-@_dataclass
+@dataclass
 class ToolCall:
     """A whole tool call, in Message.tool_calls.
 
     id: str, unique in its message, made up where the server sent none.
-    name: str, the function.
-    arguments: str, the JSON text as the model wrote it: it may be invalid, or "".
+    name: str, the function or custom tool.
+    arguments: str, the JSON text as the model wrote it: it may be invalid, or "". Where
+        the server sent it more than once it stands here once. Of a custom tool: its free
+        text.
     extra: dict, members that are not OpenAI's; they go back with to_dict(), because
         Gemini refuses the next turn without its thought signature.
+    type: str, "function" or "custom".
     """
 
     id: str
     name: str
     arguments: str
-    extra: dict[str, Any] = _field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    type: str = "function"
 
     def to_dict(self) -> dict[str, Any]:
         """The call as it stands in a request's `tool_calls`."""
-        function = {"name": self.name, "arguments": self.arguments}
-        return {**self.extra, "id": self.id, "type": "function", "function": function}
+        made: dict[str, Any] = {"id": self.id, "type": self.type}
+        if self.type == "custom":
+            made["custom"] = {"name": self.name, "input": self.arguments}
+        else:
+            made["function"] = {"name": self.name, "arguments": self.arguments}
+        return {**self.extra, **made}
 
 
-@_dataclass
+@dataclass
 class Message:
-    """A whole message, from aggregate(). Append it to the history as it is.
+    """A whole message, from aggregate() or complete(). Append it to the history as it is.
 
     role: str.
     content, reasoning, refusal: str; "" if there was none.
@@ -457,29 +506,34 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: Optional[str] = None
     choice: int = 0
-    extra: dict[str, Any] = _field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self, *, reasoning: bool = False) -> dict[str, Any]:
-        """The message as it stands in a request's `messages`.
+        """The message as it stands in a request's `messages`; also what to save.
 
         reasoning: bool, default False because some servers refuse it. True adds `extra`,
             which OpenRouter, DeepSeek and Kimi want back inside a tool loop.
         """
-        message: dict[str, Any] = dict(self.extra) if reasoning else {}
-        message["role"] = self.role
+        message: dict[str, Any] = {"role": self.role}
         message["content"] = self.content or (None if self.tool_calls else "")
         if self.refusal:
             message["refusal"] = self.refusal
         if self.tool_calls:
             message["tool_calls"] = [call.to_dict() for call in self.tool_calls]
+        if reasoning:
+            message = {**message, **self.extra, **message}
         return message
 
 
-@_dataclass
+@dataclass
 class Usage:
     """Tokens of a request, as the server counted them; 0 where it said nothing.
 
-    cached_tokens are part of prompt_tokens, reasoning_tokens of completion_tokens.
+    Of most servers cached_tokens are part of prompt_tokens, and reasoning_tokens of
+    completion_tokens. xAI counts reasoning beside completion_tokens, and some gateways
+    count cached tokens beside prompt_tokens.
+
+    extra: dict, what else the server said, under its own names (OpenRouter's `cost`).
     """
 
     prompt_tokens: int = 0
@@ -487,9 +541,10 @@ class Usage:
     total_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
-@_dataclass
+@dataclass
 class Completed:
     """The end of the answer: last, and once.
 
@@ -501,15 +556,19 @@ class Completed:
         stream_options={"include_usage": True}).
     skipped: int, pieces of data that were not JSON objects.
     request_id: str, from the reply's headers; "" if none.
+    headers: dict, the reply's headers, names in lower case, without set-cookie (such as
+        `x-ratelimit-remaining-requests`); empty from decode(). Neither in the repr nor
+        compared: two answers that say the same are equal.
     """
 
     response_id: str = ""
     model: str = ""
     finish_reason: Optional[str] = None
-    finish_reasons: dict[int, str] = _field(default_factory=dict)
+    finish_reasons: dict[int, str] = field(default_factory=dict)
     usage: Optional[Usage] = None
     skipped: int = 0
     request_id: str = ""
+    headers: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 #: What stream() and aggregate() yield.
@@ -518,7 +577,7 @@ Event = Union[
 ]
 
 
-@_dataclass
+@dataclass
 class Provider:
     """A server, and where its key comes from.
 
@@ -533,7 +592,7 @@ class Provider:
     base_url: str
     env_key: Optional[str] = None
     env_key_instructions: Optional[str] = None
-    headers: dict[str, str] = _field(default_factory=dict, repr=False)
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 # fmt: off
@@ -558,23 +617,24 @@ PROVIDERS: dict[str, Provider] = {
 
 
 # --------------------------------------------------------------------------------------
-# The two public functions
+# The public functions
 # --------------------------------------------------------------------------------------
 
 
 def stream(
-    messages: str | Iterable[dict[str, Any] | Message],
+    messages: Union[str, Iterable[Union[dict[str, Any], Message]]],
     *,
     model: str,
-    instructions: str | None = None,
-    provider: str | Provider | None = None,
-    base_url: str | None = None,
-    api_key: str | None = None,
-    headers: Mapping[str, str] | None = None,
-    extra_body: Mapping[str, Any] | None = None,
-    connect_timeout: float | None = 10.0,
-    idle_timeout: float | None = 300.0,
-    event_timeout: float | None = 900.0,
+    instructions: Optional[str] = None,
+    provider: Union[str, Provider, None] = None,
+    base_url: Optional[str] = None,
+    api_key: Optional[str] = None,
+    headers: Optional[Mapping[str, str]] = None,
+    extra_body: Optional[Mapping[str, Any]] = None,
+    connect_timeout: Optional[float] = 10.0,
+    idle_timeout: Optional[float] = 300.0,
+    event_timeout: Optional[float] = 900.0,
+    deadline: Optional[float] = None,
     max_retries: int = 4,
     strict: bool = False,
     raw: bool = False,
@@ -593,42 +653,48 @@ def stream(
     provider: a name in PROVIDERS, or a Provider. None: openai, and then the environment
         variable OPENAI_BASE_URL replaces its URL and makes its key optional.
     base_url: str, another URL for `provider`; alone: some server that needs no key. It
-        may carry a query string (Azure's `?api-version=`). None: the provider's.
+        is all that comes before `/chat/completions`, usually ending in `/v1`, and may
+        carry a query string (Azure's `?api-version=`). None: the provider's.
     api_key: str, sent as a bearer token. None or "": the provider's environment variable.
     headers: mapping of str to str, on top of ours and of the provider's; replaces a
         header of the same name, whatever the case. None: none.
     extra_body: mapping, members of the request's body whose names stream() itself uses.
         None: none.
-    connect_timeout: float, seconds for TCP, TLS and proxy, and for each block of the
-        request that the server does not take; None: no bound. Not for the answer.
+    connect_timeout: float, seconds for each of TCP (each address of a name), TLS and
+        proxy, and for each block of the request that the server does not take; None: no
+        bound. Not for the answer.
     idle_timeout: float, seconds of silence on the socket, before the headers and between
-        any two reads; None: no bound.
-    event_timeout: float, seconds in which bytes come but no chunk (keep-alive comments);
-        None: no bound. The caller's own time between two next() does not count.
-    max_retries: int, tries after the first one: on a connection failure (not a bad
-        certificate), on 408, 429 and 5xx, and when the connection breaks before anything
-        was yielded. `x-should-retry` true or false overrides the status; the code or type
-        insufficient_quota is never retried. The wait is what `retry-after-ms` or
-        `Retry-After` says (RFC 9110, 10.2.3; over 120 s: no more tries), else
-        0.2 s x 2^n x (0.9 to 1.1), at most 30 s.
+        any two reads; None: no bound. Then IdleTimeoutError.
+    event_timeout: float, seconds since the headers or the last chunk with a choice or
+        usage in it, in which other bytes may come (keep-alive comments); None: no bound.
+        The caller's own time between two next() does not count. Then IdleTimeoutError.
+    deadline: float, seconds for the whole call from the first next(): all tries, waits and
+        the caller's own time; None: no bound. Then DeadlineError. Name lookups (DNS) are
+        outside Python's reach, and each address of a name gets the time that was left.
+    max_retries: int, tries after the first one: on a connection failure (but not on a
+        bad certificate or other things that another try cannot heal), on 408, 429 and
+        5xx, when the connection breaks before anything was yielded, and when the first
+        word of the answer is an error of such a kind. `x-should-retry` true or false
+        overrides the status; the code or type insufficient_quota is never retried. The
+        wait is what `retry-after-ms` or `Retry-After` says (RFC 9110, 10.2.3; over
+        120 s: no more tries), else 0.2 s x 2^n x (0.9 to 1.1), at most 30 s.
     strict: bool, True makes an error of what is otherwise logged as a warning: data that
-        is not a JSON object, an end without finish_reason or [DONE], a cut or silence
-        after the answer was finished.
-    raw: bool, True also yields each parsed chunk, as Chunk.
+        is not a JSON object, an end without finish_reason, a cut or silence after the
+        answer was finished.
+    raw: bool, True also yields each parsed JSON object, as Chunk.
     pool: a urllib3 PoolManager (or ProxyManager, or SOCKS manager) of the caller's, for
         private CAs, client certificates and proxies; its own headers stay, ours come on
-        top. None: a shared one, and the proxy variables of the environment and
-        SSL_CERT_FILE are honoured.
+        top. None: a shared one, and the proxy variables of the environment (but never for
+        loopback) and SSL_CERT_FILE are honoured.
     params: the other members of the request's body, sent as they are (`temperature=`,
-        `tools=`, `stream_options=` ...).
+        `tools=`, `stream_options=` ...). `n` is among them: unless it asks for several
+        choices, all that comes belongs to choice 0.
 
     Raises ValueError, TypeError and MissingAPIKeyError at the call, and the other
     ChatStreamErrors out of the loop.
     """
     where = _choose_provider(provider, base_url)
-    scheme, host, port, target = _split_url(
-        where.base_url if base_url is None else base_url
-    )
+    url = _split_url(where.base_url if base_url is None else base_url)
     key = _choose_key(where, api_key)
     sent_headers = _merge_headers(
         {
@@ -641,26 +707,56 @@ def stream(
         _check_headers("Provider.headers", where.headers),
         _check_headers("headers", headers),
     )
-    return _run(
-        _Request(
-            scheme=scheme,
-            host=host,
-            port=port,
-            target=target,
-            headers=sent_headers,
-            body=_build_body(messages, model, instructions, params, extra_body),
-            connect_timeout=_check_seconds("connect_timeout", connect_timeout),
-            idle_timeout=_check_seconds("idle_timeout", idle_timeout),
-            event_timeout=_check_seconds("event_timeout", event_timeout),
-            max_retries=_check_retries(max_retries),
-            strict=bool(strict),
-            raw=bool(raw),
-            pool=_check_pool(pool),
-            secrets=_find_secrets(
-                key, {**(getattr(pool, "headers", None) or {}), **sent_headers}, target
-            ),
-        )
+    _check_pool(pool)
+    body = _build_body(messages, model, instructions, params, extra_body)
+    secrets = _Secrets(key)
+    secrets.add_headers({**(getattr(pool, "headers", None) or {}), **sent_headers})
+    secrets.add_query(url.target)
+    request = _Request(
+        url=url,
+        headers=sent_headers,
+        body=_encode_body(body),
+        one_choice=body.get("n") in (None, 1),
+        key_source=where.env_key or "",
+        connect_timeout=_check_seconds("connect_timeout", connect_timeout),
+        max_retries=_check_retries(max_retries),
+        strict=bool(strict),
+        raw=bool(raw),
+        pool=pool,
+        secrets=secrets,
     )
+    clock = _Clock(
+        url.shown,
+        idle_timeout=_check_seconds("idle_timeout", idle_timeout),
+        event_timeout=_check_seconds("event_timeout", event_timeout),
+        deadline=_check_seconds("deadline", deadline),
+    )
+    events = _run(request, clock)
+    _clocks[events] = clock
+    return events
+
+
+def complete(
+    messages: Union[str, Iterable[Union[dict[str, Any], Message]]],
+    *,
+    model: str,
+    **options: Any,
+) -> Message:
+    """Ask for a chat completion and return the whole answer, as one Message.
+
+    messages, model, options: as in stream().
+
+    Returns the Message of choice 0; an empty one, with the finish_reason, if it said
+    nothing. Raises what stream() raises, out of this call, with what had arrived as
+    .partial.
+    """
+    message = Message()
+    for event in aggregate(stream(messages, model=model, **options)):
+        if isinstance(event, Message) and event.choice == 0:
+            message = event
+        elif isinstance(event, Completed):
+            message.finish_reason = event.finish_reason
+    return message
 
 
 def aggregate(
@@ -673,14 +769,83 @@ def aggregate(
     itself; then it starts afresh. Events that end without a Completed give their
     messages all the same.
 
-    events: any iterable of events; closed when this generator is closed.
+    events: any iterable of events; closed when this generator is closed in the middle.
     deltas: bool, True also passes on all other events as they come; default False.
 
-    Raises what `events` raises; a ChatStreamError gets the messages so far as .partial.
+    Raises TypeError, out of the loop, for what is no event of this module, and what
+    `events` raises; a ChatStreamError gets the messages so far as .partial.
     """
-    messages = _aggregate(iter(events), deltas)
-    next(messages)  # the dummy
-    return messages
+    return _aggregate(iter(events), deltas)
+
+
+def decode(
+    blocks: Iterable[bytes], *, strict: bool = False, raw: bool = False
+) -> Generator[Event, None, None]:
+    """Read the body of a 2xx answer that came from anywhere: bytes -> events.
+
+    blocks: any iterable of bytes, cut anywhere: a list, a file opened "rb", the
+        iter_content() of requests, a recorded body. Its end is a clean end of the answer.
+    strict, raw: bool, as in stream().
+
+    Yields what stream() would; the choices keep the indexes that the server wrote, because
+    nobody knows what was asked for. Raises TypeError for what is no iterable of bytes, the
+    StreamErrors of stream(), and what `blocks` raises, as it is.
+    """
+    if isinstance(blocks, (str, bytes, bytearray)):
+        kind = type(blocks).__name__
+        raise TypeError(f"blocks: expected an iterable of bytes, got a {kind} alone")
+    return _decode(iter(blocks), bool(strict), bool(raw))
+
+
+def cancel(events: Generator[Event, None, None]) -> None:
+    """Stop, from any thread, what stream() returned: its loop raises CancelledError.
+
+    events: the generator that stream() returned; not one of aggregate().
+
+    Works before the first next(), between two events, in the wait before another try, and
+    while another thread waits in next(). Only a connection that is being made, and with
+    `pool=` the wait for the headers, goes on until that wait ends by itself or at its
+    bound. On a call that has ended it does nothing. Raises TypeError for anything else.
+    """
+    clock = None
+    with suppress(TypeError):  # no weak reference can be made to it
+        clock = _clocks.get(events)
+    if clock is None:
+        kind = type(events).__name__
+        raise TypeError(f"events: expected what stream() returned, got another {kind}")
+    clock.cancel()
+
+
+#: The clocks of the calls whose generators somebody still holds, for cancel().
+_clocks: weakref.WeakKeyDictionary[Generator[Event, None, None], _Clock]
+_clocks = weakref.WeakKeyDictionary()
+
+
+# --------------------------------------------------------------------------------------
+# How it works
+# --------------------------------------------------------------------------------------
+
+# messages, options -> _Request -> tries and waits -> one attempt -> transport: _Reply
+#                                                        |              | bytes as they come
+#                                                        |              v
+#                                                        |     framing, compression
+#                                                        v              |
+#                                              the reading loop <-------+
+#                                                        | feed(block), end(cut)
+#                                                        v
+#               _Answer: lines -> SSE -> JSON -> choices, calls, texts     (no I/O, no time)
+#                                                        | events
+#                                                        v
+#                            stream(), decode()  ->  aggregate()  ->  complete()
+#
+# Three rules hold the house together:
+#
+# 1. Each fact has one owner, which alone changes it; the others ask. Time and cancelling
+#    are the _Clock's, where a body ends is the _Framing's, what was said is the _Answer's.
+# 2. There is one rule of reading: JSON counts, however it is framed; what nobody can read
+#    is said, never dropped. A quirk of a server goes into the room of the word it is about.
+# 3. One loop is over bytes (_read_body), one over tries (_run); only the clock waits.
+#    Below feed() nobody knows of sockets or time, so decode() runs all of it on a file.
 
 
 # --------------------------------------------------------------------------------------
@@ -688,38 +853,42 @@ def aggregate(
 # --------------------------------------------------------------------------------------
 
 
-@_dataclass
-class _Request:
-    """All that a try needs."""
-
-    __repr__ = object.__repr__  # any other would show the key
+class _URL(NamedTuple):
+    """Where a request goes."""
 
     scheme: str
     host: str
     port: int
-    target: str
-    headers: dict[str, str]
-    body: bytes
-    connect_timeout: float | None
-    idle_timeout: float | None
-    event_timeout: float | None
-    max_retries: int
-    strict: bool
-    raw: bool
-    pool: Any
-    secrets: tuple[str, ...]
+    target: str  # path and query
 
     @property
     def origin(self) -> str:
         return _origin(self.scheme, self.host, self.port)
 
     @property
-    def public_url(self) -> str:
+    def shown(self) -> str:
         """The URL for logs and messages: query values may be secret."""
         return self.origin + self.target.partition("?")[0]
 
 
-def _choose_provider(provider: str | Provider | None, base_url: str | None) -> Provider:
+@dataclass(repr=False)  # which would show the key
+class _Request:
+    """All that a try needs, but for the time."""
+
+    url: _URL
+    headers: dict[str, str]
+    body: bytes
+    one_choice: bool  # no more than one was asked for
+    key_source: str  # the environment variable of the key, "" if none is needed
+    connect_timeout: Optional[float]
+    max_retries: int
+    strict: bool
+    raw: bool
+    pool: Any
+    secrets: _Secrets
+
+
+def _choose_provider(provider: Any, base_url: Optional[str]) -> Provider:
     if isinstance(provider, Provider):
         return provider
     if isinstance(provider, str):
@@ -747,13 +916,14 @@ def _choose_provider(provider: str | Provider | None, base_url: str | None) -> P
     )
 
 
-def _choose_key(provider: Provider, api_key: str | None) -> str:
+def _choose_key(provider: Provider, api_key: Any) -> str:
     if api_key is not None and not isinstance(api_key, str):
         raise TypeError(f"api_key: expected a str, got a {type(api_key).__name__}")
     source, key = "api_key", api_key or ""
     if not key and provider.env_key:
-        source, key = provider.env_key, os.environ.get(provider.env_key, "")
-        if not key.strip():
+        # Stripped, because files that set variables like to end in a line break.
+        source, key = provider.env_key, os.environ.get(provider.env_key, "").strip()
+        if not key:
             instructions = provider.env_key_instructions or ""
             raise MissingAPIKeyError(
                 f"no API key: set the environment variable {source} or pass api_key=. "
@@ -816,23 +986,30 @@ def _merge_headers(*layers: Mapping[str, str]) -> dict[str, str]:
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
+#: Labels of letters, digits, - and _ (which Docker's names have), or an IPv6 address.
+_HOST = re.compile(
+    r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_-]{1,63})*\.?|[0-9a-f:.]*:[0-9a-f:.]*(%[\w.-]+)?",
+    re.IGNORECASE,
+)
 
-def _split_url(base_url: Any) -> tuple[str, str, int, str]:
-    """Base URL -> scheme, host, port, request target."""
+
+def _split_url(base_url: Any) -> _URL:
+    """Check a base URL, and add the path of the endpoint."""
     from urllib.parse import quote, urlsplit
 
     if not isinstance(base_url, str):
         raise TypeError(f"base_url: expected a str, got a {type(base_url).__name__}")
     wanted = "base_url: expected http(s)://host[:port][/path][?query]"
-    shown = base_url.partition("?")[0].partition("#")[0]
+    base_url = base_url.strip()
+    shown = base_url.partition("?")[0].partition("#")[0][:_MAX_QUOTE]
     if "@" in shown.partition("//")[2].partition("/")[0]:
         raise ValueError(f"{wanted}, without user:password@; use headers= or api_key=")
     if "@" in base_url:  # user:pass/word@host: a password all the same
         shown = "a URL with @ in it"
     try:
-        url = urlsplit(base_url.strip())
-        host, port = url.hostname, url.port
-        if host and not host.isascii():
+        url = urlsplit(base_url)
+        host, port = url.hostname or "", url.port
+        if not host.isascii():
             host = host.encode("idna").decode("ascii")
     except ValueError:
         raise ValueError(
@@ -840,13 +1017,23 @@ def _split_url(base_url: Any) -> tuple[str, str, int, str]:
         ) from None
     if url.scheme not in ("http", "https") or not host or port == 0:
         raise ValueError(f"{wanted}, got {shown!r}")
-    if any(c <= " " or c in "#\x7f" for c in base_url.strip()):
-        raise ValueError(f"{wanted}, no blanks and no #fragment; got {shown!r}")
+    # Some clients take a backslash for a slash, others for a part of the host's name.
+    if any(c <= " " or c in "\\#\x7f" for c in base_url):
+        raise ValueError(
+            f"{wanted}, no blanks, no backslash and no #fragment; got {shown!r}"
+        )
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"{wanted}, with a valid host name; got {shown!r}")
+    path = url.path.rstrip("/")
+    if path.endswith("/chat/completions"):
+        raise ValueError(
+            f"{wanted}, which is all that comes before /chat/completions; got {shown!r}"
+        )
     safe = "/%:@!$&'()*+,;=-._~"
-    target = quote(url.path.rstrip("/"), safe=safe) + "/chat/completions"
+    target = quote(path, safe=safe) + "/chat/completions"
     if url.query:
         target += "?" + quote(url.query, safe=safe + "?")
-    return url.scheme, host, port or _DEFAULT_PORTS[url.scheme], target
+    return _URL(url.scheme, host, port or _DEFAULT_PORTS[url.scheme], target)
 
 
 def _origin(scheme: str, host: str, port: int) -> str:
@@ -855,7 +1042,7 @@ def _origin(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://{host}{shown}"
 
 
-def _check_seconds(name: str, value: Any) -> float | None:
+def _check_seconds(name: str, value: Any) -> Optional[float]:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -876,18 +1063,62 @@ def _check_retries(value: Any) -> int:
     return value
 
 
-def _check_pool(pool: Any) -> Any:
+def _check_pool(pool: Any) -> None:
     """By what it can do: urllib3 is not imported here."""
+    if pool is None:
+        return
     able = hasattr(pool, "connection_from_url") and hasattr(pool, "urlopen")
-    if pool is not None and (isinstance(pool, type) or not able):
-        kind = type(pool).__name__
+    kind = f"{type(pool).__module__}.{type(pool).__name__}"
+    if isinstance(pool, type) or not able:
         raise TypeError(f"pool: expected a urllib3 PoolManager, got a {kind}")
-    return pool
+    classes = getattr(pool, "pool_classes_by_scheme", {}).values()
+    if not all(_is_http_client(getattr(c, "ConnectionCls", None)) for c in classes):
+        raise TypeError(
+            f"pool: expected a PoolManager of urllib3 itself, got a {kind} whose "
+            "connections are not http.client's (urllib3-future puts itself in its place)"
+        )
+
+
+def _is_http_client(connection: Any) -> bool:
+    """Whether a connection class is one of http.client's, by name, because vcrpy puts
+    others in its place."""
+    bases = getattr(connection, "__mro__", ())
+    return any(
+        base.__module__ == "http.client" and base.__name__ == "HTTPConnection"
+        for base in bases
+    )
+
+
+#: What other clients call it -> what it is called here. No server knows these members.
+_OTHER_NAMES = {
+    **dict.fromkeys(("system", "system_prompt"), "instructions="),
+    "prompt": "messages",
+    **dict.fromkeys(("key", "apikey"), "api_key="),
+    **dict.fromkeys(("url", "api_base"), "base_url="),
+    **dict.fromkeys(
+        ("extra_headers", "default_headers", "organization", "project"), "headers="
+    ),
+    **dict.fromkeys(
+        ("extra_query", "default_query", "api_version"), "the query of base_url="
+    ),
+    **dict.fromkeys(
+        (
+            *("proxy", "proxies", "verify", "cert"),
+            *("http_client", "session", "ssl_context"),
+        ),
+        "pool=",
+    ),
+    **dict.fromkeys(("retries", "num_retries"), "max_retries="),
+    **dict.fromkeys(
+        ("timeout", "request_timeout", "total_timeout"),
+        "connect_timeout=, idle_timeout=, event_timeout= and deadline=",
+    ),
+}
 
 
 def _build_body(
     messages: Any, model: Any, instructions: Any, params: Any, extra_body: Any
-) -> bytes:
+) -> dict[str, Any]:
     if not isinstance(model, str):
         raise TypeError(f"model: expected a str, got {model!r}")
     if not model.strip():
@@ -902,13 +1133,27 @@ def _build_body(
         )
     extra_body = extra_body or {}
     if "stream" in params or "stream" in extra_body:
-        raise TypeError("stream: it is always true; use aggregate() for whole messages")
-    if "timeout" in params:
-        raise TypeError("timeout: use connect_timeout, idle_timeout and event_timeout")
+        raise TypeError(
+            "stream: it is always true; use complete() or aggregate() for whole messages"
+        )
+    for name in params:
+        if name in _OTHER_NAMES:
+            raise TypeError(
+                f"{name}: expected {_OTHER_NAMES[name]} for this; a member of the "
+                "request's body that has this name goes into extra_body="
+            )
     history = [{"role": "system", "content": instructions}] if instructions else []
     history += _check_messages(messages)
-    body = {"model": model, "messages": history, "stream": True, **params}
-    body.update(extra_body)
+    return {
+        "model": model,
+        "messages": history,
+        "stream": True,
+        **params,
+        **extra_body,
+    }
+
+
+def _encode_body(body: dict[str, Any]) -> bytes:
     try:
         return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
     except RecursionError:
@@ -918,17 +1163,19 @@ def _build_body(
 
 
 def _check_messages(messages: Any) -> list[dict[str, Any]]:
-    wanted = "messages: expected a str, or a sequence of dicts and Messages"
+    wanted = "a str, or a sequence of dicts and Messages"
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}] if messages else []
     elif isinstance(messages, (bytes, Mapping, Message)):
-        raise TypeError(f"{wanted}, got a {type(messages).__name__}")
+        kind = type(messages).__name__
+        raise TypeError(f"messages: expected {wanted}, got a {kind}")
     try:
         messages = list(messages)
     except TypeError:
-        raise TypeError(f"{wanted}, got a {type(messages).__name__}") from None
+        kind = type(messages).__name__
+        raise TypeError(f"messages: expected {wanted}, got a {kind}") from None
     if not messages:
-        raise ValueError(f"{wanted}, got none")
+        raise ValueError(f"messages: empty; expected {wanted}")
     for position, message in enumerate(messages):
         if not isinstance(message, (dict, Message)):
             kind = type(message).__name__
@@ -938,6 +1185,11 @@ def _check_messages(messages: Any) -> list[dict[str, Any]]:
     return [m.to_dict() if isinstance(m, Message) else m for m in messages]
 
 
+# --------------------------------------------------------------------------------------
+# Secrets, and texts that are shown
+# --------------------------------------------------------------------------------------
+
+
 #: A header whose name holds one of these has a secret value.
 _SECRET_NAMES = ("auth", "key", "token", "secret", "cookie")
 
@@ -945,80 +1197,278 @@ _SECRET_NAMES = ("auth", "key", "token", "secret", "cookie")
 _SHORTEST_SECRET = 8
 
 
-def _find_secrets(key: str, headers: Mapping[str, str], target: str) -> tuple[str, ...]:
-    """What must not be seen in an error, even if the server sends it back."""
-    from urllib.parse import unquote
+class _Secrets:
+    """What must be seen in no error and no log line, even if the server sends it back."""
 
-    found = [key]
-    for name, value in headers.items():
-        if any(word in name.lower() for word in _SECRET_NAMES):
-            found += [value, value.rpartition(" ")[2]]
-    for pair in target.partition("?")[2].split("&"):
-        value = pair.partition("=")[2]
-        found += [value, unquote(value)]
-    secrets = {s for s in found if len(s) >= _SHORTEST_SECRET}
-    return tuple(sorted(secrets, key=len, reverse=True))
+    def __init__(self, *values: str) -> None:
+        self._forms: list[str] = []  # as they may be written, the longest first
+        self.add(*values)
+
+    def add(self, *values: str) -> None:
+        forms = set(self._forms)
+        for value in values:
+            if len(value) >= _SHORTEST_SECRET:
+                escaped = json.dumps(value)[1:-1]
+                forms |= {value, escaped, escaped.replace("/", "\\/")}
+        # A secret that begins another one must not be looked for before it.
+        self._forms = sorted(forms, key=len, reverse=True)
+
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        for name, value in headers.items():
+            if any(word in name.lower() for word in _SECRET_NAMES):
+                self.add(value, value.rpartition(" ")[2])
+
+    def add_query(self, target: str) -> None:
+        from urllib.parse import unquote
+
+        for pair in target.partition("?")[2].split("&"):
+            value = pair.partition("=")[2]
+            self.add(value, unquote(value))
+
+    def hide(self, text: str) -> str:
+        for form in self._forms:
+            text = text.replace(form, "***")
+        return text
+
+    def hide_in(self, value: Any, depth: int = 0) -> Any:
+        """The same value, fit to be shown: without secrets, and valid Unicode."""
+        if isinstance(value, str):
+            return self.hide(_replace_surrogates(value))
+        if isinstance(value, (list, tuple, dict)) and depth > 50:
+            return "..."
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.hide_in(item, depth + 1) for item in value)
+        if isinstance(value, dict):
+            return {
+                self.hide_in(key): self.hide_in(item, depth + 1)
+                for key, item in value.items()
+            }
+        return value
+
+    def clean(self, error: ChatStreamError) -> None:
+        """Leave no secret in an error and its causes, and one line of text."""
+        vars(error).update(self.hide_in(vars(error)))
+        error.args = (_one_line(self.hide(str(error)), _MAX_TEXT),)
+        seen: list[BaseException] = [error]
+        cause = error.__cause__ or error.__context__
+        while cause is not None and cause not in seen:
+            seen.append(cause)
+            shown = repr((cause.args, vars(cause)))
+            if self.hide(shown) != shown:
+                cause.args = self.hide_in(cause.args)
+                vars(cause).update(self.hide_in(vars(cause)))
+            cause = cause.__cause__ or cause.__context__
+
+
+#: C0, DEL and C1: what a terminal would obey.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]+")
+
+
+def _one_line(text: str, most: int) -> str:
+    """At most `most` characters of the text, fit for one line of a terminal."""
+    text = _replace_surrogates(text[: 4 * most])
+    text = " ".join(_CONTROLS.sub(" ", text).split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _replace_surrogates(text: str) -> str:
+    """Make valid Unicode of it: pairs are joined, and a lone half becomes U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _is_from_handler(error: BaseException) -> bool:
+    """Whether a signal handler of the caller's raised it.
+
+    Python calls a handler with the frame that it interrupts, so in the traceback a frame
+    that holds the one before it among its arguments is a handler's.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        interrupted, inner = trace.tb_frame, trace.tb_next.tb_frame
+        for value in list(inner.f_locals.values()):
+            inside = value if isinstance(value, tuple) else (value,)
+            if any(item is interrupted for item in inside):
+                return True
+        trace = trace.tb_next
+    return False
+
+
+def _pass_on(error: BaseException) -> None:
+    """Raise as it is what is ours or the caller's, and was caught for its class."""
+    if isinstance(error, ChatStreamError) or _is_from_handler(error):
+        raise error
 
 
 # --------------------------------------------------------------------------------------
-# The state of one answer, which the layers below share
+# Time, and cancelling
 # --------------------------------------------------------------------------------------
 
 
-class _Call:
-    """A tool call being assembled."""
+class _Clock:
+    """How long a call may still wait: the one owner of time, and of cancelling.
 
-    __slots__ = ("position", "id", "name", "has_arguments")
+    Before each wait on the socket, that gets the time that is left. cancel() comes from
+    other threads; all else from the one that runs the call.
+    """
 
-    def __init__(self, position: int) -> None:
-        self.position = position
-        self.id = ""
-        self.name = ""
-        self.has_arguments = False
+    def __init__(
+        self,
+        url: str,
+        *,
+        idle_timeout: Optional[float],
+        event_timeout: Optional[float],
+        deadline: Optional[float],
+    ) -> None:
+        self._url = url
+        self._idle_timeout = idle_timeout
+        self._event_timeout = event_timeout
+        self._deadline = deadline
+        self._call_ends = math.inf
+        self._event_ends = math.inf  # until the headers are there
+        self._phase_ends = math.inf
+        self._has_headers = False
+        self._lock = threading.Lock()
+        self._woken = threading.Event()
+        self._sock: Any = None  # the socket that a cancel() shuts down
+        self.cancelled = False
 
+    # What the call tells it
 
-class _Choice:
-    """What is known of one choice."""
+    def start_call(self) -> None:
+        if self._deadline is not None:
+            self._call_ends = time.monotonic() + self._deadline
 
-    __slots__ = ("index", "finish_reason", "streamed", "calls", "by_index")
+    def start_try(self) -> None:
+        self._event_ends = self._phase_ends = math.inf
+        self._has_headers = False
+        self.check()
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.finish_reason = ""
-        self.streamed = False  # something was yielded for it
-        self.calls: list[_Call] = []
-        self.by_index: dict[int, _Call] = {}  # the server's index -> the call
+    def start_event(self) -> None:
+        """The headers have come, or a chunk that said something."""
+        self._has_headers = True
+        if self._event_timeout is not None:
+            self._event_ends = time.monotonic() + self._event_timeout
 
+    def skip_event(self, seconds: float) -> None:
+        """So long the caller had the turn."""
+        self._event_ends += seconds
 
-#: Whose text: event type, choice, and the call of a ToolCallDelta, else None.
-_HalfKey = tuple[Any, int, Optional[_Call]]
+    def start_phase(self, seconds: float) -> None:
+        """From now on, all reading together may take so long."""
+        self._phase_ends = time.monotonic() + seconds
 
+    # What others ask it
 
-class _State:
-    """What is known of one answer."""
+    def within(self, seconds: Optional[float]) -> Optional[float]:
+        """`seconds` (None: no bound) or what is left of the deadline, if that is less."""
+        self.check()
+        left = self._call_ends - time.monotonic()
+        bound = left if seconds is None else min(seconds, left)
+        return None if math.isinf(bound) else max(bound, 0.001)
 
-    def __init__(self, strict: bool, raw: bool, content_type: str) -> None:
-        self.strict = strict
-        self.raw = raw
-        self.content_type = content_type
-        self.response_id = ""
-        self.model = ""
-        self.usage: Usage | None = None
-        self.choices: dict[int, _Choice] = {}
-        self.skipped = 0
-        self.done = False  # [DONE] has come
-        #: A chunk has come since _read_blocks() last looked.
-        self.progress = False
-        #: Why no more bytes come, other than by a proper end. Kept, not raised, so that
-        #: what arrived whole is yielded first.
-        self.fault: StreamError | None = None
-        #: First halves of surrogate pairs, by the kind of text they belong to.
-        self.halves: dict[_HalfKey, str] = {}
+    def allows(self, seconds: float) -> bool:
+        """Whether a wait of so many seconds would end before the deadline."""
+        return time.monotonic() + seconds < self._call_ends
+
+    def check(self) -> None:
+        """Raise CancelledError, DeadlineError or IdleTimeoutError if it is time."""
+        if self.cancelled:
+            raise CancelledError(f"{self._url}: cancel() was called")
+        now = time.monotonic()
+        if now >= self._call_ends:
+            seconds = self._deadline or 0.0
+            text = f"{self._url}: not done within {seconds:g} s (deadline)"
+            raise DeadlineError(text, seconds=seconds)
+        if now >= self._event_ends:
+            what = "bytes came, but no chunk with anything in it"
+            raise self._idle(what, self._event_timeout, "event_timeout")
+        if now >= self._phase_ends:
+            raise self._idle("the body did not end", 0.0, "a bound of its own")
 
     @property
-    def finished(self) -> bool:
-        choices = self.choices.values()
-        return bool(choices) and all(c.finish_reason for c in choices)
+    def idle_timeout(self) -> Optional[float]:
+        return self._idle_timeout
+
+    def silence(self) -> IdleTimeoutError:
+        """What to raise where a read has not got even one byte in time."""
+        return self._idle("the server sent nothing", self._idle_timeout, "idle_timeout")
+
+    def _idle(
+        self, what: str, seconds: Optional[float], bound: str
+    ) -> IdleTimeoutError:
+        seconds = seconds or 0.0
+        where = "" if self._has_headers else " before the headers"
+        return IdleTimeoutError(
+            f"idle timeout waiting for SSE: {self._url}: {what} for {seconds:g} s"
+            f"{where} ({bound})",
+            seconds=seconds,
+        )
+
+    # Waits
+
+    def read(self, sock: Any, read: Callable[[Any], Any], argument: Any) -> Any:
+        """`read(argument)`, which waits on `sock`, within the time that is left."""
+        self.check()
+        started = time.monotonic()
+        least = min(self._call_ends, self._event_ends, self._phase_ends) - started
+        if self._idle_timeout is not None and self._idle_timeout < least:
+            least = self._idle_timeout
+        seconds = None if math.isinf(least) else max(least, 0.001)
+        if sock.gettimeout() != seconds:  # which is no system call
+            sock.settimeout(seconds)
+        try:
+            data = read(argument)
+        except socket.timeout as error:
+            # Else it is a signal handler's, or TCP's own ETIMEDOUT.
+            if _is_from_handler(error) or time.monotonic() - started < least - 0.01:
+                raise
+            self.check()
+            raise self.silence() from None
+        if self.cancelled:
+            self.check()
+        return data
+
+    def sleep(self, seconds: float) -> None:
+        _sleep(seconds, self._woken)
+        self.check()
+
+    # Cancelling
+
+    def watch(self, sock: Any) -> None:
+        """cancel() is to shut this socket down."""
+        with self._lock:
+            self._sock = sock
+        self.check()
+
+    def unwatch(self) -> None:
+        """Its connection goes back to the pool, or is closed."""
+        with self._lock:
+            self._sock = None
+
+    def cancel(self) -> None:
+        with self._lock:
+            self.cancelled = True
+            self._woken.set()
+            if self._sock is not None:
+                # The base class's: SSLSocket's own would take the TLS object away under
+                # the thread that reads from it. This one wakes it.
+                with suppress(OSError, TypeError):
+                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+
+def _sleep(seconds: float, woken: threading.Event) -> None:
+    """The wait between two tries."""
+    woken.wait(seconds)
 
 
 # --------------------------------------------------------------------------------------
@@ -1026,31 +1476,42 @@ class _State:
 # --------------------------------------------------------------------------------------
 
 
-class _Retryable(Exception):
-    """`error` ends the call unless another try is left."""
+class _Failed(Exception):
+    """A try ended in `error`; whether another one may help, and after what wait.
 
-    def __init__(self, error: RetryLimitError | TransportError) -> None:
+    wait: seconds that the server asked for; None: the backoff.
+    """
+
+    def __init__(
+        self,
+        error: ChatStreamError,
+        *,
+        again: bool,
+        wait: Optional[float] = None,
+    ) -> None:
         super().__init__(error)
         self.error = error
+        self.again = again
+        self.wait = wait
 
 
-def _run(request: _Request) -> Generator[Event, None, None]:
-    """The retry loop around _attempt(), and where it sleeps."""
+def _run(request: _Request, clock: _Clock) -> Generator[Event, None, None]:
+    """The retry loop around _attempt()."""
+    clock.start_call()
     delays = _backoff()
     for attempt in itertools.count(1):
         try:
-            yield from _attempt(request)
+            yield from _attempt(request, clock)
             return
-        except TransportError as final:
-            final.attempts = attempt
-            raise
-        except _Retryable as failed:
+        except _Failed as failed:
             error, cause = failed.error, failed.__cause__
-        error.attempts = attempt
-        delay = next(delays)
-        if isinstance(error, StatusError) and error.retry_after is not None:
-            delay = error.retry_after
-        if attempt > request.max_retries or delay > _LONGEST_RETRY_AFTER:
+            again, delay = failed.again, failed.wait
+        if isinstance(error, (TransportError, RetryLimitError)):
+            error.attempts = attempt
+        if delay is None:
+            delay = next(delays)
+        last = attempt > request.max_retries or delay > _LONGEST_RETRY_AFTER
+        if not again or last or not clock.allows(delay):
             if attempt > 1:
                 error.args = (f"{error} ({attempt} attempts)",)
             raise error from cause
@@ -1061,7 +1522,7 @@ def _run(request: _Request) -> Generator[Event, None, None]:
             request.max_retries + 1,
             delay,
         )
-        time.sleep(delay)
+        clock.sleep(delay)
 
 
 def _backoff() -> Iterator[float]:
@@ -1074,25 +1535,29 @@ def _backoff() -> Iterator[float]:
         delay = min(delay * 2, _LONGEST_BACKOFF)
 
 
-def _attempt(request: _Request) -> Generator[Event, None, None]:
-    """One request and its answer. Raises _Retryable where another try may help."""
+def _attempt(request: _Request, clock: _Clock) -> Generator[Event, None, None]:
+    """One request and its answer. Raises _Failed where that may be tried again."""
+    clock.start_try()
     if _log.isEnabledFor(logging.DEBUG):
         shown = request.body[:_MAX_LOGGED].decode()  # json.dumps() wrote ASCII
-        _log.debug("POST %s %s", request.public_url, shown)
+        _log.debug("POST %s %s", request.url.shown, request.secrets.hide(shown))
     request_id = ""
     reply = None
     try:
-        reply = _open(request)
-        request_id = _find_request_id(reply.response.headers)
-        if not 200 <= reply.response.status < 300:
-            _raise_status(request, reply)
-        yield from _answer(request, reply, request_id)
-    except (_Retryable, ChatStreamError) as failed:
-        error = failed.error if isinstance(failed, _Retryable) else failed
+        reply = _open(request, clock)
+        request_id = _find_request_id(reply.headers)
+        clock.start_event()
+        if not 200 <= reply.status < 300:
+            raise _status_failure(request, reply, clock)
+        yield from _read_answer(request, reply, clock, request_id)
+    except (_Failed, ChatStreamError) as failure:
+        error = failure.error if isinstance(failure, _Failed) else failure
         error.request_id = request_id
-        _make_presentable(error, failed.__cause__, request.secrets)
+        error.__cause__ = error.__cause__ or failure.__cause__
+        request.secrets.clean(error)
         raise
     finally:
+        clock.unwatch()
         if reply is not None:
             reply.close()
 
@@ -1108,91 +1573,389 @@ _REQUEST_ID_HEADERS = (
 )
 
 
-def _find_request_id(headers: Any) -> str:
-    found = (headers.get(name) for name in _REQUEST_ID_HEADERS)
-    return next((str(value) for value in found if value), "")
+def _find_request_id(headers: Mapping[str, str]) -> str:
+    return next((headers[n] for n in _REQUEST_ID_HEADERS if headers.get(n)), "")
 
 
-def _presentable(value: Any, secrets: tuple[str, ...], depth: int = 0) -> Any:
-    """The same value, fit to be shown: without secrets, and valid Unicode."""
-    if isinstance(value, str):
-        value = _replace_surrogates(value)
-        for secret in secrets:
-            value = value.replace(secret, "***")
-    elif isinstance(value, (list, tuple, dict)) and depth > 50:
-        value = "..."
-    elif isinstance(value, (list, tuple)):
-        value = type(value)(_presentable(item, secrets, depth + 1) for item in value)
-    elif isinstance(value, dict):
-        value = {
-            _presentable(key, secrets): _presentable(item, secrets, depth + 1)
-            for key, item in value.items()
-        }
-    return value
-
-
-def _make_presentable(
-    error: ChatStreamError, cause: BaseException | None, secrets: tuple[str, ...]
-) -> None:
-    """One line of text, and no secret in any field or in the causes."""
-    vars(error).update(_presentable(vars(error), secrets))
-    error.args = (" ".join(_presentable(str(error), secrets).split()),)
-    while cause is not None:
-        if any(secret in repr((cause.args, vars(cause))) for secret in secrets):
-            cause.args = _presentable(cause.args, secrets)
-            vars(cause).update(_presentable(vars(cause), secrets))
-        cause = cause.__cause__ or cause.__context__
-
-
-def _answer(
-    request: _Request, reply: _Reply, request_id: str
+def _read_answer(
+    request: _Request, reply: _Reply, clock: _Clock, request_id: str
 ) -> Generator[Event, None, None]:
-    """The layers, from the bytes of a 2xx reply to its events, and how it ended."""
-    headers = reply.response.headers
-    state = _State(request.strict, request.raw, headers.get("content-type", ""))
-    blocks = _read_blocks(reply, state, request.idle_timeout, request.event_timeout)
-    plain = _decompress(blocks, state, headers.get("content-encoding", ""))
-    events = _read_events(_split_events(_split_lines(plain)), state)
-
-    first = next(events, None)
-    if first is not None:
-        yield first
-        yield from events  # not a loop: this costs nothing per event
-    _judge_end(request, state, first is not None)
-    reasons = {
-        c.index: c.finish_reason for c in state.choices.values() if c.finish_reason
-    }
-    _log.debug("done: %d, finish reasons %s", reply.response.status, reasons)
-    try:
-        yield Completed(
-            response_id=state.response_id,
-            model=state.model,
-            finish_reason=reasons.get(0),
-            finish_reasons=reasons,
-            usage=state.usage,
-            skipped=state.skipped,
-            request_id=request_id,
-        )
-    finally:  # also for a caller who leaves now, as next(aggregate(...)) does
-        if state.done:
-            reply.drain(blocks)
-
-
-def _judge_end(request: _Request, state: _State, started: bool) -> None:
-    """Raise or log what was wrong with the way the answer ended, if anything was."""
-    if state.done or (state.fault is None and state.finished):
-        return
-    fault = state.fault or TruncatedStreamError(
-        "the stream ended without a finish_reason: the answer may be cut"
+    """The events of a 2xx reply, from its bytes to its Completed or its error."""
+    answer = _Answer(
+        strict=request.strict,
+        raw=request.raw,
+        one_choice=request.one_choice,
+        content_type=reply.headers.get("content-type", ""),
+        request_id=request_id,
+        headers=reply.headers,
+        hide=request.secrets.hide,
     )
-    # Broken off after its finish reason, or ended properly without one: bad if strict.
-    if not request.strict and (state.fault is None or state.finished):
-        _log.warning("%s", fault)
-    elif state.fault is None or started or isinstance(fault, IdleTimeoutError):
-        raise fault
-    else:
-        broken = TransportError(f"{request.public_url}: {fault}")
-        raise _Retryable(broken) from fault.__cause__
+    body = _read_body(reply, clock)
+    cut: Union[StreamError, DeadlineError, None] = None
+    try:
+        while not answer.done:
+            try:
+                block = next(body, None)
+            except (StreamError, DeadlineError) as fault:
+                cut = fault
+                break
+            if block is None:
+                break
+            said, started = answer.said, time.monotonic()
+            for event in answer.feed(block):
+                yield event
+                if clock.cancelled:
+                    clock.check()
+            if answer.said != said:
+                clock.start_event()
+            elif request.raw:  # all else that is yielded says something
+                clock.skip_event(time.monotonic() - started)
+        yield from answer.end(cut)
+    except TruncatedStreamError as fault:
+        if fault is not cut or answer.started:
+            raise
+        error = TransportError(f"{request.url.shown}{reply.via}: {fault}")
+        raise _Failed(error, again=True) from fault.__cause__
+    except ServerError as error:
+        if answer.started or not _is_passing(error):
+            raise
+        again = reply.headers.get("x-should-retry", "").lower() != "false"
+        raise _Failed(error, again=again, wait=_retry_after(reply.headers)) from None
+    finally:  # also for a caller who leaves at Completed, as next(aggregate(...)) does
+        if answer.done:
+            clock.start_phase(_GRACE_SECONDS)
+            with suppress(ChatStreamError):
+                for _ in body:
+                    pass
+    _log.debug("done: %d", reply.status)
+
+
+def _is_passing(error: ServerError) -> bool:
+    """Whether an error that is an answer's first word is like a status to be retried."""
+    if "insufficient_quota" in (error.code, error.type):
+        return False
+    if "server_error" in (error.code, error.type):
+        return True
+    if "overloaded_error" in (error.code, error.type):
+        return True
+    code = str(error.code)
+    return code in ("408", "429") or bool(re.fullmatch("5[0-9][0-9]", code))
+
+
+# --------------------------------------------------------------------------------------
+# The reading loop: a reply -> the bytes of its body
+# --------------------------------------------------------------------------------------
+
+
+def _read_body(reply: _Reply, clock: _Clock) -> Iterator[bytes]:
+    """The body as it arrives, without framing and compression.
+
+    Ends where the body properly does; else raises, after all that had arrived, the
+    TruncatedStreamError or IdleTimeoutError or DeadlineError that says how it ended.
+    """
+    framing = reply.framing
+    unpacking = _Unpacking(reply.headers.get("content-encoding", ""))
+    while not framing.ended:
+        try:
+            block = reply.read()
+        except ChatStreamError:
+            raise
+        except reply.errors as error:
+            cause = _root_cause(error)
+            _pass_on(cause)
+            raise _cut(str(cause) or type(cause).__name__) from cause
+        data = framing.feed(block) if block else framing.end()
+        for piece in unpacking.feed(data):
+            yield piece
+            clock.check()
+        if framing.fault:
+            raise _cut(framing.fault)
+        clock.check()
+    yield from unpacking.end()
+    if unpacking.unfinished:
+        raise _cut("its compressed data is incomplete")
+
+
+def _cut(how: str) -> TruncatedStreamError:
+    return TruncatedStreamError(f"the answer was cut: {how}")
+
+
+# --------------------------------------------------------------------------------------
+# Framing (RFC 9112, 6 and 7)
+# --------------------------------------------------------------------------------------
+
+
+_HEX_DIGITS = b"0123456789abcdefABCDEF"
+
+
+class _Framing:
+    """Where a body ends: chunked, after `length` bytes, or with the connection.
+
+    ended: bool, the end that the framing names has come.
+    fault: str, what is wrong with the framing, or how the connection ended too early.
+    rest: bytes, what came behind the end: the connection is not to be used again.
+    """
+
+    def __init__(self, *, chunked: bool = False, length: Optional[int] = None) -> None:
+        self.ended = length == 0 and not chunked
+        self.fault = ""
+        self.rest = b""
+        self.named = chunked or length is not None
+        self._chunked = chunked
+        self._left = length or 0  # bytes of the body, or of the chunk, that are to come
+        self._in_chunk = False
+        self._in_trailers = False
+        self._unread = b""  # a line, or the end of a chunk, that is not whole yet
+        self._trailers = 0  # their bytes so far
+
+    def feed(self, block: bytes) -> bytes:
+        """-> the bytes of the body in a block."""
+        if self._chunked:
+            return self._feed_chunked(block)
+        if not self.named:
+            return block
+        data = block[: self._left]
+        self._left -= len(data)
+        self._end_with(block[len(data) :])
+        return data
+
+    def end(self) -> bytes:
+        """The connection has ended."""
+        if not self.named:
+            self.ended = True
+        elif not self._chunked:
+            self.fault = f"{self._left} bytes short of its Content-Length"
+        elif self._in_chunk:
+            self.fault = "inside a chunk"
+        else:
+            self.fault = "without its last chunk"
+        return b""
+
+    def _end_with(self, rest: bytes) -> None:
+        if not self._left:
+            self.ended = True
+            self.rest = rest
+
+    def _feed_chunked(self, block: bytes) -> bytes:
+        """All the chunks in a block are joined: that is what makes it cheap."""
+        if self._unread:
+            block = self._unread + block
+            self._unread = b""
+        pieces: list[bytes] = []
+        at = 0
+        while not self.fault and not self.ended:
+            if self._in_chunk:
+                end = at + self._left
+                if block[end : end + 2] == b"\r\n":  # nearly always
+                    pieces.append(block[at:end])
+                    at = end + 2
+                    self._in_chunk = False
+                elif len(block) < end + 2 and b"\r\n".startswith(block[end:]):
+                    pieces.append(block[at:end])
+                    self._left = max(end - len(block), 0)
+                    self._unread = block[end:]
+                    break
+                else:
+                    pieces.append(block[at:end])
+                    self.fault = "a chunk is longer than its size"
+                continue
+            end = block.find(b"\n", at)
+            if end < 0:
+                self._unread = block[at:]
+                if len(self._unread) > _MAX_FRAMING:
+                    self.fault = f"a chunk size of more than {_MAX_FRAMING} bytes"
+                break
+            line = block[at:end]
+            at = end + 1
+            if self._in_trailers:
+                self._read_trailer(line, block[at:])
+            else:
+                self._read_size(line)
+        return b"".join(pieces)
+
+    def _read_size(self, line: bytes) -> None:
+        """RFC 9112, 7.1: hexadecimal digits; blanks and extensions may follow."""
+        digits = line.partition(b";")[0].strip(b" \t\r")
+        if not digits or digits.strip(_HEX_DIGITS) or len(digits) > 16:
+            self.fault = f"expected a chunk size, got {line[:40]!r}"
+            return
+        self._left = int(digits, 16)
+        self._in_chunk = self._left > 0
+        self._in_trailers = not self._left
+
+    def _read_trailer(self, line: bytes, rest: bytes) -> None:
+        """RFC 9112, 7.1.2: field lines up to an empty one, which ends the body."""
+        self._trailers += len(line)
+        if line in (b"", b"\r"):
+            self._end_with(rest)
+        elif self._trailers > _MAX_FRAMING:
+            self.fault = f"trailers of more than {_MAX_FRAMING} bytes"
+
+
+def _choose_framing(status: int, headers: Mapping[str, str]) -> _Framing:
+    """RFC 9112, 6.3. Raises StreamError or ValueError for headers that say nonsense."""
+    if status == 204:
+        return _Framing(length=0)
+    codings = headers.get("transfer-encoding", "").lower().split(",")
+    *before, last = [coding.strip() for coding in codings]
+    for coding in before:
+        if coding not in ("", "identity", "chunked"):
+            raise StreamError(f"expected Transfer-Encoding chunked, got {coding!r} too")
+    if last == "chunked":
+        return _Framing(chunked=True)
+    if last not in ("", "identity"):
+        raise StreamError(f"expected Transfer-Encoding chunked or none, got {last!r}")
+    if "content-length" not in headers:
+        return _Framing()
+    lengths = {length.strip() for length in headers["content-length"].split(",")}
+    length = lengths.pop()
+    if lengths or not (length.isascii() and length.isdigit()) or len(length) > 18:
+        shown = headers["content-length"][:40]
+        raise ValueError(f"expected one Content-Length, got {shown!r}")
+    return _Framing(length=int(length))
+
+
+# --------------------------------------------------------------------------------------
+# Compression that was not asked for
+# --------------------------------------------------------------------------------------
+
+
+#: How SSE, JSON and HTML begin, behind a BOM or blanks. (zlib's own data begins with x.)
+_PLAIN_STARTS = (b"data", b"event", b"id", b"retry", b"error", b":", b"{", b"[", b"<")
+
+_BOM = b"\xef\xbb\xbf"
+
+_GZIP_MAGIC = b"\x1f\x8b"
+
+#: zlib's code for "the header tells".
+_ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS
+
+
+class _Unpacking:
+    """Undoes a Content-Encoding, of which not the header but the body is believed.
+
+    nginx compresses unasked; proxies unpack and leave the header; servers write "none".
+
+    unfinished: bool, compressed data has begun and not ended.
+    """
+
+    def __init__(self, encoding: str) -> None:
+        self._encoding = encoding.strip().lower()
+        self._start: Optional[bytes] = b""  # None as soon as it is known what it is
+        self._is_packed = False
+        self._members = 0
+        self._inflater: Any = None  # of the member that has begun and not ended
+        self._held = b""  # behind a member: perhaps the first byte of another
+        self._is_junk = False  # what comes behind the last member
+
+    @property
+    def unfinished(self) -> bool:
+        return self._inflater is not None
+
+    def feed(self, block: bytes) -> Iterator[bytes]:
+        """-> pieces of the body, none of which is larger than a block."""
+        if self._start is not None:
+            self._start += block
+            if self._is_open(self._start):
+                return
+            yield from self.end()
+        elif self._is_packed:
+            yield from self._inflate(block)
+        elif block:
+            yield block
+
+    def end(self) -> Iterator[bytes]:
+        """No more will come, or no more is needed to tell what it is."""
+        start = self._start or b""
+        self._start = None
+        if start:
+            self._is_packed = self._judge(start)
+            yield from self._inflate(start) if self._is_packed else (start,)
+
+    def _is_open(self, start: bytes) -> bool:
+        """Whether there is too little yet to tell what it is."""
+        if len(start) < 2:
+            return not start or start == _GZIP_MAGIC[:1] or self._names_packing()
+        text = start.lstrip(_BOM + b" \t\r\n")
+        may_be_plain = any(plain.startswith(text) for plain in _PLAIN_STARTS)
+        return self._names_packing() and may_be_plain and len(start) < 64
+
+    def _names_packing(self) -> bool:
+        return self._encoding not in ("", "identity", "none", "utf-8")
+
+    def _judge(self, start: bytes) -> bool:
+        """-> whether it is packed."""
+        if start.startswith(_GZIP_MAGIC):
+            return True
+        text = start.lstrip(_BOM + b" \t\r\n")
+        if not self._names_packing() or text.startswith(_PLAIN_STARTS):
+            return False
+        if self._encoding in ("gzip", "x-gzip", "deflate"):
+            return True
+        shown = self._encoding[:40]
+        raise StreamError(
+            f"expected Content-Encoding gzip, deflate or none, got {shown!r}"
+        )
+
+    def _inflate(self, block: bytes) -> Iterator[bytes]:
+        while block:
+            if self._inflater is None:
+                block = self._begin_member(block)
+                if self._inflater is None:
+                    return
+            spare, given = self._inflater.copy(), 0
+            try:
+                for plain in _decompress(self._inflater, block):
+                    given += len(plain)
+                    yield plain
+            except zlib.error as error:
+                self._inflater = None
+                yield from _salvage(spare, block, given)
+                shown = f"the answer's compression is broken: {error}"
+                raise StreamError(shown) from error
+            block = b""
+            if self._inflater.eof:  # another member may follow, or padding
+                block = self._inflater.unused_data
+                self._inflater = None
+
+    def _begin_member(self, block: bytes) -> bytes:
+        """-> the data of the member that begins in a block."""
+        if self._members:
+            block = self._held + block.lstrip(b"\0")
+            self._held = block[:1]
+            self._is_junk = self._is_junk or not _GZIP_MAGIC.startswith(block[:2])
+            if self._is_junk or len(block) < 2:
+                return b""
+            self._held = b""
+        # RFC 1950 and 1952 begin in a known way; some servers' "deflate" is bare.
+        head = int.from_bytes(block[:2], "big")
+        is_zlib = head >> 8 & 15 == 8 and head % 31 == 0
+        known = is_zlib or block.startswith(_GZIP_MAGIC[:1])
+        self._inflater = zlib.decompressobj(_ZLIB_OR_GZIP if known else -zlib.MAX_WBITS)
+        self._members += 1
+        return block
+
+
+def _decompress(inflater: Any, block: bytes) -> Iterator[bytes]:
+    plain = block
+    while plain and not inflater.eof:  # it may still hold output back
+        plain = inflater.decompress(block, _BLOCK_SIZE)
+        block = inflater.unconsumed_tail
+        if plain:
+            yield plain
+
+
+def _salvage(inflater: Any, block: bytes, given: int) -> Iterator[bytes]:
+    """What a block holds before its fault, but for the bytes that were given already.
+
+    zlib keeps that to itself, unless it is fed byte by byte.
+    """
+    with suppress(zlib.error):
+        for place in range(len(block)):
+            plain = inflater.decompress(block[place : place + 1])
+            if len(plain) > given:
+                yield plain[given:]
+            given = max(given - len(plain), 0)
 
 
 # --------------------------------------------------------------------------------------
@@ -1201,73 +1964,113 @@ def _judge_end(request: _Request, state: _State, started: bool) -> None:
 
 
 class _Reply:
-    """A reply whose headers are there, and what to do with its connection.
+    """A reply whose headers are there, and its connection.
 
-    response: http.client.HTTPResponse; on urllib3 the one inside its own response, or that
-        itself, should there be none inside.
-    sock: the connection's socket, where the connection can be used again; else None.
-    errors: what reading may raise; set by _open().
-    file: what stands between the response and its socket, for a chunked body.
-    complete: set by _read_blocks() when the body has come to its proper end.
+    response: http.client.HTTPResponse, on urllib3 the one inside its own response; or
+        what some tool has put in its place.
     """
 
     def __init__(
-        self, response: Any, sock: Any, release: Callable[[bool], None]
+        self,
+        response: Any,
+        clock: _Clock,
+        release: Callable[[bool], None],
+        *,
+        errors: tuple[type[Exception], ...],
+        via: str,
     ) -> None:
-        self.response = response
-        self.errors: tuple[type[Exception], ...] = ()
-        self.sock = sock
-        self.complete = False
-        self.file = _WatchedFile(response)
+        _read_past_interim(response)
+        self.status: int = response.status
+        self.reason: str = getattr(response, "reason", None) or ""
+        self.headers = _take_headers(response.headers)
+        self.errors = errors  # that read() may raise
+        self.via = via  # the proxy, for messages
+        self._response = response
         self._release = release
+        # The body's own bytes, from the file that http.client reads itself. What stands
+        # in for a connection may have none: then it has undone the framing.
+        file = getattr(response, "fp", None)
+        if hasattr(file, "read1"):
+            self.framing = self._choose_framing()
+        else:
+            file = response
+            self.framing = _Framing()
+        self._read1: Any = getattr(file, "read1", None) or file.read
+        raw = getattr(file, "raw", None)
+        self._sock = getattr(raw, "_sock", None)
+        self._clock = clock
+        self._is_watched = isinstance(raw, _Wire)  # and asks the clock itself
 
-    def drain(self, blocks: Iterator[bytes]) -> None:
-        """After [DONE]: read the end of the body if it is about to come."""
-        if self.sock is None or self.complete:
-            return
-        self.file.deadline = deadline = time.monotonic() + _GRACE_SECONDS
-        self.sock.settimeout(_GRACE_SECONDS)
-        for _ in blocks:
-            if time.monotonic() > deadline:
-                break
+    def _choose_framing(self) -> _Framing:
+        try:
+            return _choose_framing(self.status, self.headers)
+        except (StreamError, ValueError):
+            if 200 <= self.status < 300:
+                raise
+            return _Framing()  # nothing hides the status of an error
+
+    def read(self) -> bytes:
+        """What has arrived, or arrives next; b"" at the end of the connection."""
+        if self._is_watched or self._sock is None:
+            block = self._read1(_BLOCK_SIZE)
+        else:
+            self._clock.watch(self._sock)
+            block = self._clock.read(self._sock, self._read1, _BLOCK_SIZE)
+        return bytes(block)
 
     def close(self) -> None:
-        """Keep the connection for the next call if the body is read, else close it."""
-        self.response.close()
-        self._release(self.complete)
+        """Keep the connection for another call if nothing of this one is left in it."""
+        reusable = (
+            self.status >= 200
+            and self.framing.ended
+            and self.framing.named
+            and not self.framing.rest
+            and not getattr(self._response, "will_close", True)
+            and not _has_pending(self._sock)
+        )
+        self._response.close()
+        self._release(reusable)
 
 
-class _WatchedFile:
-    """Takes the place of a chunked response's file, to see the lines around its chunks.
+def _read_past_interim(response: Any) -> None:
+    """RFC 9110, 15.2: any number of 1xx replies may come before the real one.
 
-    http.client takes an end of the connection for the end of the body once it has seen a
-    chunk size that begins with 0; and it reads trailers for as long as they come, which
-    drain() ends with `deadline` (of time.monotonic(); None: there is none). Of a response
-    that is not chunked it sees nothing.
+    http.client reads past 100 alone. 101 is an answer to what we did not ask for.
     """
+    import http.client
 
-    def __init__(self, response: Any) -> None:
-        self.last_line: bytes = b""
-        self.deadline: float | None = None
-        file: Any = getattr(response, "fp", None)
-        self.chunked = False
-        if file is not None and response.chunked is True:
-            self.chunked = True
-            self.read, self.read1, self.close = file.read, file.read1, file.close
-            self.flush, self.fileno = file.flush, file.fileno
-            self._readline = file.readline
-            response.fp = self
+    for _ in range(_MAX_INTERIM):
+        if not 101 < response.status < 200:
+            break
+        response.headers = response.msg = None
+        response.begin()
+    else:
+        raise http.client.HTTPException("1xx replies without end")
+    raw = getattr(getattr(response, "fp", None), "raw", None)
+    if getattr(raw, "at_end", False):
+        raise http.client.HTTPException("the connection ended inside the headers")
+    faults = ("MissingHeaderBodySeparatorDefect", "FirstHeaderLineIsContinuationDefect")
+    for defect in getattr(response.headers, "defects", ()):
+        if type(defect).__name__ in faults:
+            shown = str(getattr(defect, "line", None) or "")[:_MAX_QUOTE]
+            raise http.client.HTTPException(f"a header cannot be read {shown}".rstrip())
 
-    def readline(self, limit: int = -1) -> bytes:
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise OSError("the body does not end")
-        self.last_line = self._readline(limit)
-        return self.last_line
 
-    @property
-    def ended(self) -> bool:
-        """RFC 9112, 7.1: the last chunk and the trailers end with an empty line."""
-        return not self.chunked or self.last_line in (b"\r\n", b"\n")
+def _take_headers(headers: Any) -> dict[str, str]:
+    """Names in lower case; several of one name are joined (RFC 9110, 5.3)."""
+    taken: dict[str, str] = {}
+    for name, value in headers.items():
+        name = name.lower()
+        if name != "set-cookie":
+            taken[name] = f"{taken[name]}, {value}" if name in taken else str(value)
+    return taken
+
+
+def _has_pending(sock: Any) -> bool:
+    """Whether TLS holds bytes that it has decrypted and nobody has read."""
+    with suppress(OSError, AttributeError, ValueError):
+        return bool(sock.pending())
+    return False
 
 
 class _Upload(io.BytesIO):
@@ -1276,49 +2079,159 @@ class _Upload(io.BytesIO):
     Tells how far we got: before its first block we were still connecting.
     """
 
-    sent = False
+    def __init__(self, body: bytes, clock: _Clock) -> None:
+        super().__init__(body)
+        self.clock = clock
+        self.sent = False
 
-    def read(self, size: int | None = -1) -> bytes:
+    def read(self, size: Optional[int] = -1) -> bytes:
+        self.clock.check()
         block = super().read(size)
         self.sent = not block  # more was asked for than there is: all was sent
         return block
 
 
-def _open(request: _Request) -> _Reply:
-    """Connect, send, and wait for the headers."""
-    import http.client
+class _Wire(io.RawIOBase):
+    """The file of a response's socket: each read of it waits as the clock allows.
 
-    urllib3: Any
+    at_end: bool, the connection has ended.
+    """
+
+    def __init__(self, raw: Any, sock: Any, clock: _Clock) -> None:
+        self._raw = raw  # socket.SocketIO, which keeps the socket open
+        self._sock = sock
+        self._clock = clock
+        self.at_end = False
+        self.has_bytes = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._clock.read(self._sock, self._sock.recv_into, buffer)
+        self.at_end = not count
+        self.has_bytes = self.has_bytes or count > 0
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _DeadConnection(Exception):
+    """A kept connection turned out dead before the first byte of the reply."""
+
+
+class _WatchedConnection(_ConnectionBase):
+    """Mixed into a connection class of http.client's or urllib3's: its waits for a reply
+    are the clock's, which comes with the request's body."""
+
+    _upload: Optional[_Upload] = None
+    _wire: Optional[_Wire] = None
+    _was_used = False
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        body: Any = None,
+        headers: Any = None,
+        **options: Any,
+    ) -> None:
+        self._upload = body if isinstance(body, _Upload) else None
+        self._wire = None
+        try:
+            super().request(method, url, body=body, headers=headers or {}, **options)
+        except OSError as error:
+            self._check_alive(error)
+            raise
+
+    def getresponse(self, *args: Any, **options: Any) -> Any:
+        if self._upload is not None and not args and not options:
+            self._upload.clock.watch(getattr(self, "sock", None))
+            self.response_class: Any = self._make_response
+        try:
+            response = super().getresponse(*args, **options)
+        except OSError as error:
+            self._check_alive(error)
+            raise
+        finally:
+            vars(self).pop("response_class", None)  # a proxy's reply is none of ours
+        self._was_used = True
+        return response
+
+    def _make_response(self, sock: Any, *args: Any, **options: Any) -> Any:
+        import http.client
+
+        response: Any = http.client.HTTPResponse(sock, *args, **options)
+        if self._upload is not None and isinstance(response.fp, io.BufferedReader):
+            self._wire = _Wire(response.fp.detach(), sock, self._upload.clock)
+            response.fp = io.BufferedReader(self._wire)
+        return response
+
+    def _check_alive(self, error: OSError) -> None:
+        """uvicorn closes after a 500 without saying so; any server does after a while."""
+        untouched = self._wire is None or not self._wire.has_bytes
+        _pass_on(error)
+        timeout = isinstance(error, socket.timeout)
+        if self._was_used and untouched and not timeout:
+            raise _DeadConnection from error
+
+
+def _watched(connection: Any) -> Any:
+    return type("Connection", (_WatchedConnection, connection), {})
+
+
+def _find_urllib3() -> Any:
+    """The module; None where it is not there, or something else has its name."""
     try:
         import urllib3
     except ImportError:
-        urllib3 = None
+        return None
+    connection = getattr(getattr(urllib3, "connection", None), "HTTPConnection", None)
+    return urllib3 if _is_http_client(connection) else None
+
+
+def _open(request: _Request, clock: _Clock) -> _Reply:
+    """Connect, send, and wait for the headers."""
+    import http.client
+
+    urllib3 = _find_urllib3()
     errors: tuple[type[Exception], ...]
     errors = (OSError, http.client.HTTPException, ValueError)
     if urllib3:
         errors += (urllib3.exceptions.HTTPError,)
-
-    body = _Upload(request.body)
+    proxy = _find_proxy(request.url) if request.pool is None else None
+    via = _describe_proxy(proxy or getattr(request.pool, "proxy", None))
+    if proxy is not None:
+        request.secrets.add(*proxy.secrets)
+    tls = _tls_settings(request.url, proxy)
+    upload = _Upload(request.body, clock)
     try:
         if urllib3:
-            reply = _open_pooled(urllib3, request, body)
+            try:
+                opened = _open_pooled(urllib3, request, upload, proxy, tls, fresh=False)
+            except _DeadConnection:
+                upload = _Upload(request.body, clock)
+                opened = _open_pooled(urllib3, request, upload, proxy, tls, fresh=True)
         else:
-            reply = _open_plain(request, body)
+            opened = _open_plain(request, upload, proxy, tls)
+        response, release = opened
+        try:
+            return _Reply(response, clock, release, errors=errors, via=via)
+        except BaseException:
+            response.close()
+            release(False)
+            raise
     except errors as error:
         cause = _root_cause(error)
-    else:
-        reply.errors = errors
-        return reply
-    text = f"{request.public_url}: {str(cause) or type(cause).__name__}"
-    if isinstance(cause, socket.timeout) and body.sent:
-        raise _idle_timeout(request.idle_timeout, "before the headers") from cause
-    if isinstance(cause, socket.timeout) and body.tell():
-        raise TransportError(f"{text} while sending the request") from cause
-    # By name: urllib3 1.26 has a CertificateError of its own.
-    if type(cause).__name__ in ("SSLCertVerificationError", "CertificateError"):
-        text += "; SSL_CERT_FILE=ca.pem makes a private certificate authority trusted"
-        raise TransportError(text) from cause
-    raise _Retryable(TransportError(text)) from cause
+    _pass_on(cause)
+    clock.check()
+    if isinstance(cause, socket.timeout) and upload.sent:
+        raise clock.silence() from cause
+    problem, again = _describe_failure(cause, upload)
+    error_text = f"{request.url.shown}{via}: {problem}"
+    raise _Failed(TransportError(error_text), again=again) from cause
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -1336,115 +2249,209 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _open_pooled(urllib3: Any, request: _Request, body: _Upload) -> _Reply:
-    """On urllib3, whose response keeps the http.client.HTTPResponse that we read."""
+def _describe_failure(cause: BaseException, upload: _Upload) -> tuple[str, bool]:
+    """-> what went wrong before the headers were there, and whether that may heal."""
+    import http.client
+
+    text = str(cause) or type(cause).__name__
+    reason = getattr(cause, "reason", None) or ""  # of an ssl.SSLError
+    if isinstance(cause, socket.timeout) and upload.tell():
+        return f"{text} while sending the request", False
+    # By name: urllib3 1.26 has a CertificateError of its own.
+    if type(cause).__name__ in ("SSLCertVerificationError", "CertificateError"):
+        hint = "SSL_CERT_FILE=ca.pem makes a private certificate authority trusted"
+        return f"{text}; {hint}", False
+    if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+        return f"{text}; the server does not speak TLS here: is it http://?", False
+    if isinstance(reason, str) and "ALERT" in reason:
+        return text, False
+    if re.search("Tunnel connection failed: 4[0-9][0-9]", text):
+        return text, False
+    if isinstance(cause, (FileNotFoundError, PermissionError, UnicodeError)):
+        return text, False
+    if type(cause) is http.client.BadStatusLine:
+        shown = str(cause)[:_MAX_QUOTE]
+        return f"expected a reply in HTTP/1.1, got {shown!r}", True
+    if isinstance(cause, http.client.UnknownProtocol):
+        return f"expected a reply in HTTP/1.1, got one in {str(cause)!r}", True
+    return text, True
+
+
+_Opened = tuple[
+    Any, Callable[[bool], None]
+]  # response, release(whether it is reusable)
+
+
+def _open_pooled(
+    urllib3: Any,
+    request: _Request,
+    upload: _Upload,
+    proxy: Optional[_Proxy],
+    tls: Optional[_TLS],
+    *,
+    fresh: bool,
+) -> _Opened:
+    """On urllib3, whose response keeps the http.client.HTTPResponse that we read.
+
+    fresh: on no kept connection, where the pool is ours.
+    """
     pool = request.pool
     if pool is None:
-        proxy = _find_proxy(request)
-        pool = _shared_pool(urllib3, proxy, _tls_settings(request, proxy))
-    for name in ("urllib3.connectionpool", "urllib3.connection"):
-        logging.getLogger(name).addFilter(_hide_query)  # adds it once
-    wrapper = pool.urlopen(
-        "POST",
-        request.origin + request.target,
-        body=body,
-        headers=_merge_headers(
-            pool.headers or {},
-            request.headers,
-            {"Content-Length": str(len(request.body))},
-        ),
-        timeout=urllib3.Timeout(
-            connect=request.connect_timeout, read=request.idle_timeout
-        ),
-        retries=False,
-        redirect=False,
-        preload_content=False,
-        decode_content=False,
-    )
+        make = _make_pool if fresh else _shared_pool
+        pool = make(
+            urllib3,
+            proxy,
+            tls,
+            urllib3.HTTPConnectionPool.ConnectionCls,  # of vcrpy, where that is at work
+            urllib3.HTTPSConnectionPool.ConnectionCls,
+        )
+    origin = request.url.origin
+    clock = upload.clock
+    opened = _count_connections(request.pool, origin)
+    try:
+        wrapper = pool.urlopen(
+            "POST",
+            origin + request.url.target,
+            body=upload,
+            headers=_merge_headers(
+                pool.headers,
+                request.headers,
+                {"Content-Length": str(len(request.body))},
+            ),
+            timeout=urllib3.Timeout(
+                connect=clock.within(request.connect_timeout),
+                read=clock.within(clock.idle_timeout),
+            ),
+            retries=False,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+        )
+    except urllib3.exceptions.HTTPError as error:
+        # Of a pool of the caller's we see only whether it has opened a connection.
+        kept = opened is not None and opened == _count_connections(pool, origin)
+        broken = isinstance(_root_cause(error), ConnectionError) and upload.sent
+        if kept and broken and not fresh:
+            raise _DeadConnection from error
+        raise
     # Its own read1() costs three times as much (and 1.26 has none).
     response = getattr(wrapper, "_original_response", None) or wrapper
 
-    def release(complete: bool) -> None:
-        if not complete:
+    def release(reusable: bool) -> None:
+        if fresh or not reusable:
             wrapper.close()
         wrapper.release_conn()
 
-    connection = wrapper.connection
-    return _Reply(response, connection and connection.sock, release)
+    return response, release
 
 
-@lru_cache(maxsize=16)
-def _shared_pool(urllib3: Any, proxy: _Proxy | None, tls: Any) -> Any:
-    """One pool for all calls with the same proxy and certificates."""
-    options: dict[str, Any] = {"maxsize": _POOL_SIZE}
-    if tls is not None and not urllib3.__version__.startswith("1."):
-        # Not for 1.26: it gives a context no host name to check where that is an IP
-        # address. Left alone, it makes the same checks itself.
-        options["ssl_context"] = _tls_context(tls)
-        if proxy is not None and proxy.scheme == "https":
-            options["proxy_ssl_context"] = options["ssl_context"]
+def _count_connections(pool: Any, origin: str) -> Optional[int]:
+    if pool is None:
+        return None
+    return getattr(pool.connection_from_url(origin), "num_connections", None)
+
+
+def _make_pool(
+    urllib3: Any,
+    proxy: Optional[_Proxy],
+    tls: Optional[_TLS],
+    connection: Any,
+    tls_connection: Any,
+) -> Any:
+    options: dict[str, Any] = {
+        "maxsize": _POOL_SIZE,
+        "socket_options": [
+            *urllib3.connection.HTTPConnection.default_socket_options,
+            *_keepalive_options(),
+        ],
+    }
+    if tls is not None:
+        context, ca_file = _tls_context(tls)
+        if not urllib3.__version__.startswith("1."):
+            options["ssl_context"] = context
+            if proxy is not None and proxy.scheme == "https":
+                options["proxy_ssl_context"] = context
+        elif ca_file:
+            # 1.26 gives a context no host name to check where that is an IP address.
+            # Left without one, it makes the same checks itself.
+            options["ca_certs"] = ca_file
     if proxy is None:
-        return urllib3.PoolManager(**options)
-    return urllib3.ProxyManager(proxy.url, proxy_headers=dict(proxy.headers), **options)
+        manager = urllib3.PoolManager(**options)
+    else:
+        headers = dict(proxy.headers)
+        manager = urllib3.ProxyManager(proxy.url, proxy_headers=headers, **options)
+    manager.pool_classes_by_scheme = {
+        scheme: type("Pool", (pool,), {"ConnectionCls": _watched(connection_class)})
+        for scheme, pool, connection_class in [
+            ("http", urllib3.HTTPConnectionPool, connection),
+            ("https", urllib3.HTTPSConnectionPool, tls_connection),
+        ]
+    }
+    return manager
 
+
+#: One pool for all calls with the same proxy, certificates and connection classes.
+_shared_pool = lru_cache(maxsize=16)(_make_pool)
 
 if hasattr(os, "register_at_fork"):  # a forked child must not write to our connections
     os.register_at_fork(after_in_child=_shared_pool.cache_clear)
 
 
-def _hide_query(record: logging.LogRecord) -> bool:
-    """urllib3 logs the target of a request whole; its query may hold a key (Gemini)."""
-    if isinstance(record.args, tuple):
-        record.args = tuple(
-            re.sub(r"(/chat/completions)\?\S*", r"\1", arg)
-            if isinstance(arg, str)
-            else arg
-            for arg in record.args
-        )
-    return True
+def _keepalive_options() -> list[tuple[int, int, int]]:
+    """Socket options, as far as the platform has them."""
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # macOS: the second
+        option = getattr(socket, name, None)
+        if option is not None:
+            options.append((socket.IPPROTO_TCP, option, _KEEPALIVE_SECONDS))
+    return options
 
 
-def _open_plain(request: _Request, body: _Upload) -> _Reply:
+def _open_plain(
+    request: _Request, upload: _Upload, proxy: Optional[_Proxy], tls: Optional[_TLS]
+) -> _Opened:
     """On http.client: one connection a call."""
     import http.client
 
-    proxy = _find_proxy(request)
-    peer = proxy or request
-    tls = _tls_settings(request, proxy)
+    peer = proxy or request.url
     headers = {**request.headers, "Content-Length": str(len(request.body))}
-    target = request.target
-    tunnel = proxy is not None and request.scheme == "https"
+    target = request.url.target
+    tunnel = proxy is not None and request.url.scheme == "https"
     if proxy is not None and not tunnel:
-        target = request.origin + target  # RFC 9112, 3.2.2: absolute-form
+        target = request.url.origin + target  # RFC 9112, 3.2.2: absolute-form
         headers.update(proxy.headers)
     if tunnel and peer.scheme == "https":
-        raise TransportError("an https:// proxy for an https:// server needs urllib3")
-    connection: http.client.HTTPConnection
-    if peer.scheme == "https" or tunnel:
-        connection = http.client.HTTPSConnection(
-            peer.host,
-            peer.port,
-            timeout=request.connect_timeout,
-            context=_tls_context(tls),
-        )
+        text = "an https:// proxy for an https:// server needs urllib3"
+        raise _Failed(TransportError(text), again=False)
+    seconds = upload.clock.within(request.connect_timeout)
+    if tls is None:
+        make = _watched(http.client.HTTPConnection)
+        connection = make(peer.host, peer.port, timeout=seconds)
     else:
-        connection = http.client.HTTPConnection(
-            peer.host, peer.port, timeout=request.connect_timeout
-        )
+        make = _watched(http.client.HTTPSConnection)
+        context, _ = _tls_context(tls)
+        connection = make(peer.host, peer.port, timeout=seconds, context=context)
     if tunnel and proxy is not None:
-        connection.set_tunnel(request.host, request.port, dict(proxy.headers))
+        host, port = request.url.host, request.url.port
+        connection.set_tunnel(host, port, dict(proxy.headers))
     try:
         connection.connect()
-        sock = connection.sock
+        for option in _keepalive_options():
+            with suppress(OSError, AttributeError):
+                connection.sock.setsockopt(*option)
         # A server may refuse a large request before it has all of it.
         with suppress(BrokenPipeError, ConnectionResetError):
-            connection.request("POST", target, body=body, headers=headers)
-        sock.settimeout(request.idle_timeout)
+            connection.request("POST", target, body=upload, headers=headers)
         response = connection.getresponse()
     except BaseException:
         connection.close()
         raise
-    return _Reply(response, None, lambda complete: connection.close())
+    return response, lambda reusable: connection.close()
+
+
+# --------------------------------------------------------------------------------------
+# Proxies and certificates
+# --------------------------------------------------------------------------------------
 
 
 class _Proxy(NamedTuple):
@@ -1454,204 +2461,163 @@ class _Proxy(NamedTuple):
     host: str
     port: int
     headers: tuple[tuple[str, str], ...]
+    secrets: tuple[str, ...]
 
     @property
     def url(self) -> str:
         return _origin(self.scheme, self.host, self.port)
 
 
-def _find_proxy(request: _Request) -> _Proxy | None:
-    """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, as urllib.request reads them.
+def _describe_proxy(proxy: Any) -> str:
+    """For messages: without its credentials. Also of a urllib3 ProxyManager's URL."""
+    if proxy is None:
+        return ""
+    port = f":{proxy.port}" if proxy.port else ""
+    return f" (through the proxy {proxy.scheme}://{proxy.host}{port})"
 
-    The proxy's credentials join request.secrets.
-    """
-    if "_proxy" not in " ".join(os.environ).lower():
-        return None  # spares the import
+
+def _find_proxy(url: _URL) -> Optional[_Proxy]:
+    """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, as urllib.request reads them."""
+    if "_proxy" not in " ".join(os.environ).lower() or _is_loopback(url.host):
+        return None
     import urllib.request
     from base64 import b64encode
     from urllib.parse import unquote, urlsplit
 
     settings = urllib.request.getproxies_environment()
-    value = settings.get(request.scheme) or settings.get("all")
-    bypass: Any = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
-    if not value or bypass(f"{request.host}:{request.port}", settings):
+    value = settings.get(url.scheme) or settings.get("all")
+    if not value or _goes_direct(url.host, url.port, settings.get("no", "")):
         return None
-    url = urlsplit(value if "://" in value else "http://" + value)
-    port: int | None = -1
+    host: Optional[str] = None
+    port: Optional[int] = None
     with suppress(ValueError):  # raising here would chain it: it may quote the password
-        port = url.port
-    if port == -1:
-        raise TransportError("the proxy in the environment has a bad port")
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise TransportError(
-            f"the environment asks for a {url.scheme}:// proxy; http:// and https:// are "
-            "supported (for SOCKS pass pool=urllib3.contrib.socks.SOCKSProxyManager(...))"
-        )
+        parts = urlsplit(value if "://" in value else "http://" + value)
+        host, port = parts.hostname, parts.port
+        if parts.scheme not in _DEFAULT_PORTS:
+            text = (
+                f"the environment asks for a {parts.scheme}:// proxy; http:// and "
+                "https:// are supported (for SOCKS pass "
+                "pool=urllib3.contrib.socks.SOCKSProxyManager(...))"
+            )
+            raise _Failed(TransportError(text), again=False)
+    if not host:
+        text = "the URL of the proxy in the environment is not valid"
+        raise _Failed(TransportError(text), again=False)
     headers: tuple[tuple[str, str], ...] = ()
-    if url.username is not None:
-        credentials = f"{unquote(url.username)}:{unquote(url.password or '')}".encode()
-        token = b64encode(credentials).decode()
-        secrets = (token, unquote(url.password or ""))
-        request.secrets += tuple(s for s in secrets if len(s) >= _SHORTEST_SECRET)
+    secrets: tuple[str, ...] = ()
+    if parts.username is not None:
+        user, password = unquote(parts.username), unquote(parts.password or "")
+        token = b64encode(f"{user}:{password}".encode()).decode()
         headers = (("Proxy-Authorization", f"Basic {token}"),)
-    return _Proxy(url.scheme, url.hostname, port or _DEFAULT_PORTS[url.scheme], headers)
+        secrets = (token, password)
+    port = port or _DEFAULT_PORTS[parts.scheme]
+    return _Proxy(parts.scheme, host, port, headers, secrets)
 
 
-def _tls_settings(request: _Request, proxy: _Proxy | None) -> Any:
-    """What the certificates depend on; None where there is no TLS."""
-    if request.scheme != "https" and (proxy is None or proxy.scheme != "https"):
+def _is_loopback(host: str) -> bool:
+    """A proxy would look on its own machine."""
+    if host.rstrip(".").lower() == "localhost":
+        return True
+    address = _parse_address(host)
+    return address is not None and bool(address.is_loopback)
+
+
+def _parse_address(host: str) -> Any:
+    """-> ipaddress's address; None for a name."""
+    if not host[-1:].isdigit() and ":" not in host:
+        return None  # spares the import
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
         return None
-    return os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+
+
+def _goes_direct(host: str, port: int, no_proxy: str) -> bool:
+    """Whether NO_PROXY names it: *, a name or the end of one, an address, a network."""
+    name, address = host.rstrip(".").lower(), _parse_address(host)
+    for entry in re.split(r"[,\s]+", no_proxy.lower()):
+        wanted = entry.lstrip("*").lstrip(".").rstrip(".")
+        if entry == "*":
+            return True
+        if not wanted:
+            continue
+        if f"{name}:{port}" == wanted or name == wanted.strip("[]"):
+            return True
+        if address is None and f".{name}".endswith(f".{wanted}"):
+            return True
+        if address is None and f".{name}:{port}".endswith(f".{wanted}"):
+            return True
+        if address is not None and _is_in_network(address, wanted):
+            return True
+    return False
+
+
+def _is_in_network(address: Any, network: str) -> bool:
+    import ipaddress
+
+    try:
+        return address in ipaddress.ip_network(network, strict=False)
+    except ValueError:
+        return False
+
+
+class _TLS(NamedTuple):
+    """What the certificates depend on, in the environment."""
+
+    file: str
+    folder: str
+
+
+def _tls_settings(url: _URL, proxy: Optional[_Proxy]) -> Optional[_TLS]:
+    """None where there is no TLS."""
+    if url.scheme != "https" and (proxy is None or proxy.scheme != "https"):
+        return None
+    try:
+        import ssl  # noqa: F401
+    except ImportError:
+        text = f"{url.shown}: this Python has no ssl module, which https:// needs"
+        raise _Failed(TransportError(text), again=False) from None
+    return _TLS(os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", ""))
 
 
 @lru_cache(maxsize=16)
-def _tls_context(settings: Any) -> Any:
-    """One per `settings`, which OpenSSL reads itself; the same on both transports."""
+def _tls_context(settings: _TLS) -> tuple[Any, str]:
+    """-> an ssl.SSLContext, the same for both transports, and the file of authorities
+    that it needs beside the interpreter's own; "" for none."""
     import ssl
 
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
-    return context
-
-
-# --------------------------------------------------------------------------------------
-# Response -> bytes
-# --------------------------------------------------------------------------------------
-
-
-def _read_blocks(
-    reply: _Reply,
-    state: _State,
-    idle_timeout: float | None,
-    event_timeout: float | None,
-) -> Iterator[bytes]:
-    """The body as it arrives. Ends with `state.fault` set, or `reply.complete`.
-
-    read1() hands over what has come at once, also inside an HTTP chunk that is not whole
-    yet; readline() and iteration would wait for it, and hide a cut.
-    """
-    import http.client
-
-    response = reply.response
-    read1, monotonic = response.read1, time.monotonic
-    quiet = 0.0  # seconds spent waiting since the last chunk
-    empty = True
-    while True:
-        started = monotonic()
+    ca_file = settings.file
+    if not ca_file and not _has_authorities(context):
         try:
-            block = read1(_BLOCK_SIZE)
-        except reply.errors as error:
-            cause = _root_cause(error)
-            state.fault = _cut(str(cause) or type(cause).__name__)
-            if isinstance(cause, http.client.IncompleteRead):  # says no more than that
-                state.fault = _cut("the connection ended, or its framing broke")
-            if isinstance(cause, socket.timeout):
-                state.fault = _idle_timeout(idle_timeout, "between two reads")
-            state.fault.__cause__ = cause
-            return
-        if reply.file.chunked and (response.chunk_left or 0) < 0:
-            state.fault = _cut("negative chunk size")  # int() lets it pass
-            return
-        if not block:
-            missing = getattr(response, "length", 0)
-            if missing:
-                state.fault = _cut(f"{missing} bytes short of its Content-Length")
-            elif not reply.file.ended:
-                state.fault = _cut("without its last chunk")
-            elif empty and _seems_cut_in_headers(response):
-                state.fault = _cut("inside its headers, it seems")
-            else:
-                reply.complete = True
-            return
-        quiet += monotonic() - started
-        empty = False
-        yield block
-        if state.progress:
-            state.progress = False
-            quiet = 0.0
-        elif event_timeout is not None and quiet > event_timeout:
-            state.fault = IdleTimeoutError(
-                "idle timeout waiting for SSE: bytes, but no chunk "
-                f"for {event_timeout:g} s (event_timeout)",
-                seconds=event_timeout,
+            import certifi  # type: ignore[import-not-found,unused-ignore]
+        except ImportError:
+            text = (
+                "this Python has no certificates of authorities, so that it can trust "
+                "no https:// server: install certifi beside it, or set SSL_CERT_FILE"
             )
-            return
+            raise _Failed(TransportError(text), again=False) from None
+        ca_file = certifi.where()
+    if ca_file:
+        try:
+            context.load_verify_locations(cafile=ca_file)
+        except OSError as error:
+            text = f"SSL_CERT_FILE={ca_file} cannot be read: {error}"
+            raise _Failed(TransportError(text), again=False) from error
+    return context, ca_file
 
 
-def _seems_cut_in_headers(response: Any) -> bool:
-    """For an empty body. http.client takes the end of the connection for the end of the
-    headers; what tells is a header that is missing or broken off."""
-    headers = response.headers
-    if response.chunked or getattr(response, "length", 0) is not None:
-        return False
-    if response.version < 11 or "close" in headers.get("connection", "").lower():
-        return False  # the end of the connection was to be the end (RFC 9112, 9.6)
-    if "content-length" in headers or "transfer-encoding" in headers:
-        return True  # with its whole value it would have given a length, or chunks
-    return bool(headers.defects) or "/" not in headers.get("content-type", "")
+def _has_authorities(context: Any) -> bool:
+    """Those in a folder OpenSSL reads only when it needs them."""
+    import ssl
 
-
-def _idle_timeout(seconds: float | None, where: str) -> IdleTimeoutError:
-    seconds = seconds or 0.0
-    return IdleTimeoutError(
-        f"idle timeout waiting for SSE: silence {where} for {seconds:g} s (idle_timeout)",
-        seconds=seconds,
-    )
-
-
-def _cut(how: str) -> TruncatedStreamError:
-    return TruncatedStreamError(f"the answer was cut: {how}")
-
-
-def _decompress(
-    blocks: Iterator[bytes], state: _State, encoding: str
-) -> Iterator[bytes]:
-    """Undo a Content-Encoding that was not asked for (nginx: gzip), block by block."""
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return blocks
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise StreamError(
-            f"expected Content-Encoding gzip, deflate or none, got {encoding!r}"
-        )
-    return _inflate(blocks, state)
-
-
-#: zlib's code for "the header tells".
-_ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS
-
-
-def _inflate(blocks: Iterator[bytes], state: _State) -> Iterator[bytes]:
-    inflater: Any = None
-    head = b""
-    for block in blocks:
-        if inflater is None:
-            head += block
-            if len(head) < 2:
-                continue
-            # RFC 1950 and 1952 begin in a known way; some servers' "deflate" is bare.
-            zlib_header = head[0] & 15 == 8 and (head[0] << 8 | head[1]) % 31 == 0
-            wrapped = zlib_header or head.startswith(b"\x1f\x8b")
-            inflater = zlib.decompressobj(_ZLIB_OR_GZIP if wrapped else -zlib.MAX_WBITS)
-            block = head
-        plain = block  # until decompress() gives none: it may still hold output back
-        while plain:
-            try:
-                plain = inflater.decompress(block, _BLOCK_SIZE)
-            except zlib.error as error:
-                raise StreamError(
-                    f"the answer's compression is broken: {error}"
-                ) from error
-            if plain:
-                yield plain
-            block = inflater.unconsumed_tail
-            if inflater.eof:  # another gzip member may follow, or padding
-                plain = block = inflater.unused_data.lstrip(b"\0")
-                if block:
-                    inflater = zlib.decompressobj(_ZLIB_OR_GZIP)
-    whole = inflater.eof if inflater else not head
-    if not whole and state.fault is None:
-        state.fault = _cut("its compressed data is incomplete")
+    if context.cert_store_stats()["x509_ca"]:
+        return True
+    folder = ssl.get_default_verify_paths().capath
+    return bool(folder and os.listdir(folder))
 
 
 # --------------------------------------------------------------------------------------
@@ -1659,81 +2625,69 @@ def _inflate(blocks: Iterator[bytes], state: _State) -> Iterator[bytes]:
 # --------------------------------------------------------------------------------------
 
 
-def _raise_status(request: _Request, reply: _Reply) -> NoReturn:
-    """Raise StatusError, or _Retryable with a RetryLimitError."""
-    response = reply.response
-    status, headers = response.status, response.headers
-    body = _read_error_body(reply)
+def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
+    """-> what a reply that is not 2xx means, with what can be had of its body."""
+    status, headers = reply.status, reply.headers
+    body = request.secrets.hide(_read_error_body(reply, clock))
     parsed = _parse_json(body)
     if parsed is None:
-        message, code, kind = _title(body), None, None
+        told = _Told(_one_line(_title(body), _MAX_SENTENCE), None, None)
     else:
-        message, code, kind = _describe_error(parsed)
-    text = f"HTTP {status} from {request.public_url}: {message or response.reason}"
+        told = _describe_error(parsed)
+    text = f"HTTP {status} from {request.url.shown}{reply.via}: "
+    text += told.message or reply.reason
     if 300 <= status < 400:
-        location = re.split("[?#]", headers.get("location", ""))[0]
-        location = re.sub("//.*@", "//", location)  # user:password
+        location = _without_secrets(headers.get("location", ""))
         text += f" (redirects are not followed; Location: {location})"
-    fields = {
-        "status": status,
-        "body": body,
-        "message": message,
-        "code": code,
-        "retry_after": _retry_after(headers),
-    }
-    retry = status in (408, 429) or status >= 500
-    retry = {"true": True, "false": False}.get(headers.get("x-should-retry", ""), retry)
-    if not retry or "insufficient_quota" in (code, kind):
-        raise StatusError(text, **fields)
-    raise _Retryable(RetryLimitError(text, **fields))
+    elif status == 401 and not _sends_key(request):
+        source = f" or set {request.key_source}" if request.key_source else ""
+        text += f" (no key was sent: pass api_key={source})"
+    elif status == 404 and request.url.target.startswith("/chat/completions"):
+        text += " (the base URL has no path: does it lack /v1?)"
+    wait = _retry_after(headers)
+    again = status in (408, 429) or status >= 500
+    asked = headers.get("x-should-retry", "").lower()
+    again = {"true": True, "false": False}.get(asked, again)
+    again = again and "insufficient_quota" not in (told.code, told.type)
+    error = (RetryLimitError if again else StatusError)(
+        text,
+        status=status,
+        body=body,
+        message=told.message,
+        code=told.code,
+        retry_after=wait,
+        headers=headers,
+    )
+    return _Failed(error, again=again, wait=wait)
 
 
-def _read_error_body(reply: _Reply) -> str:
+def _sends_key(request: _Request) -> bool:
+    names = " ".join(request.headers).lower()
+    return any(word in names for word in _SECRET_NAMES)
+
+
+def _without_secrets(location: str) -> str:
+    """A URL without query, fragment and user:password, however it is written."""
+    location = re.split("[?#]", location[:_MAX_SENTENCE])[0]
+    scheme, slashes, rest = location.partition("//")
+    return scheme + slashes + rest.rpartition("@")[2]
+
+
+def _read_error_body(reply: _Reply, clock: _Clock) -> str:
     """What can be had of it in a few seconds. Nothing here may hide the status."""
-    state = _State(False, False, "")
-    encoding = reply.response.headers.get("content-encoding", "")
     pieces: list[bytes] = []
     left = _MAX_ERROR_BODY
-    with suppress(StreamError), _time_limit(reply.response, _ERROR_BODY_SECONDS):
-        for block in _decompress(
-            _read_blocks(reply, state, None, None), state, encoding
-        ):
-            pieces.append(block[:left])
+    clock.start_phase(_ERROR_BODY_SECONDS)
+    with suppress(StreamError, DeadlineError):
+        for piece in _read_body(reply, clock):
+            pieces.append(piece[:left])
             left -= len(pieces[-1])
             if not left:
                 break
     return b"".join(pieces).decode("utf-8", "replace")
 
 
-@contextmanager
-def _time_limit(response: Any, seconds: float) -> Iterator[None]:
-    """Shut the connection down after `seconds`, whatever read is waiting on it.
-
-    A timeout of the socket would bound each read, not their sum; and urllib3 gives no
-    access to the socket of a connection that will close. So this is another handle of
-    it, whose address family does not matter to shutdown().
-    """
-    try:
-        handle = socket.fromfd(response.fileno(), socket.AF_INET, socket.SOCK_STREAM)
-    except (AttributeError, OSError, ValueError):  # the body is empty and closed
-        yield
-        return
-
-    def shut() -> None:
-        with suppress(OSError):
-            handle.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, shut)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        handle.close()
-
-
-def _retry_after(headers: Any) -> float | None:
+def _retry_after(headers: Mapping[str, str]) -> Optional[float]:
     """Seconds; None if the server does not say, or says what is no time to wait."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "")
@@ -1741,7 +2695,7 @@ def _retry_after(headers: Any) -> float | None:
             seconds = float(value) * unit
         except ValueError:
             seconds = _seconds_until(value) if name == "retry-after" else -1.0
-        if math.isfinite(seconds) and seconds >= 0:
+        if math.isfinite(seconds) and seconds > 0:
             return seconds
     return None
 
@@ -1753,51 +2707,99 @@ def _seconds_until(date: str) -> float:
 
     try:
         return calendar.timegm(parsedate(date) or ()) - time.time()
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, IndexError):  # the last one on 3.9
         return -1.0
 
 
-def _parse_json(text: str) -> Any:
-    """-> the JSON value; None if the text is not JSON (or is null)."""
-    try:
-        return json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return None
+# --------------------------------------------------------------------------------------
+# What an error says
+# --------------------------------------------------------------------------------------
 
 
-def _title(text: str) -> str:
-    """The sentence in an error page: the title alone of HTML, whose body may hold the
-    caller's address (Cloudflare), else the beginning of the text."""
-    if text.lstrip()[:1] == "<":
-        import html
+class _Told(NamedTuple):
+    """What a server says of its error."""
 
-        title = re.search(r"<title[^>]*>([^<]*)", text, re.IGNORECASE)
-        text = html.unescape(title[1]) if title else ""
-    return " ".join(text.split())[:300]
+    message: str
+    code: Any
+    type: Any
 
 
 #: Where servers put the sentence, in the order in which they are believed.
-_MESSAGE_MEMBERS = (
-    "error",
-    "message",
-    "detail",
-    "details",
-    "msg",
-    "base_resp",
-    "status_msg",
-    "errors",
+_SENTENCE_MEMBERS = (
+    *("error", "message", "detail", "details", "msg", "text", "error_msg"),
+    *("error_message", "errorMessage", "base_resp", "status_msg", "errors"),
 )
 
+#: Of a flat error: members with its sentence, and with its code.
+_FLAT_SENTENCES = (
+    *("message", "msg", "text", "error_msg", "error_message", "errorMessage"),
+)
+_CODES = ("code", "error_code", "status_code")
 
-def _describe_error(value: Any) -> tuple[str, Any, Any]:
-    """An error's parsed JSON, of whatever shape -> message, code, type."""
+#: Codes, in lower case, that are none: iFlytek and others put them into every chunk.
+_GOOD_CODES = ("", "0", "200", "ok", "success", "none", "false", "true")
+
+
+def _find_error(chunk: dict[str, Any]) -> Optional[dict[str, Any]]:
+    """-> the object in a chunk that reports an error; None if none does."""
+    choices = chunk.get("choices")
+    inside = choices if isinstance(choices, list) else []
+    for part in (chunk, *inside, chunk.get("x_groq")):
+        if isinstance(part, dict) and part.get("error"):  # null, {}, "", [] are none
+            return part
+    if choices:
+        return None
+    base_resp = chunk.get("base_resp")
+    if (
+        chunk.get("object") == "error"  # vLLM, Mistral
+        or chunk.get("type") == "error"
+        or chunk.get("detail")  # FastAPI
+        or (chunk.get("errors") and isinstance(chunk["errors"], list))  # Cloudflare
+        or (isinstance(base_resp, dict) and base_resp.get("status_code"))  # MiniMax
+        or _is_flat_error(chunk)
+    ):
+        return chunk
+    return None
+
+
+def _is_flat_error(chunk: dict[str, Any]) -> bool:
+    """DashScope, Cerebras, Baidu."""
+    if not any(isinstance(chunk.get(name), str) for name in _FLAT_SENTENCES):
+        return False
+    codes = (chunk.get(name) for name in _CODES)
+    return any(str(code).lower() not in _GOOD_CODES for code in codes)
+
+
+def _server_error(text: str, raw: Any = None, part: Any = None) -> ServerError:
+    """raw: the parsed JSON, if it is JSON; part: the object in it that is the error."""
+    if raw is None:
+        raw = _parse_json(text)
+    if raw is None:
+        raw = text
+    told = _describe_error(raw if part is None else part)
+    message = told.message or _one_line(text, _MAX_SENTENCE)
+    shown = f" (code {told.code})" if told.code is not None else ""
+    return ServerError(
+        f"the server reported an error inside its answer: {message}{shown}",
+        message=message,
+        code=told.code,
+        type=told.type,
+        raw=raw,
+    )
+
+
+def _describe_error(value: Any) -> _Told:
+    """An error's parsed JSON, of whatever shape."""
     body = _first_dict(value)
     error = _first_dict(body.get("error")) or body
-    code = error.get("code", body.get("code"))
-    if code is None:
-        code = _first_dict(body.get("base_resp")).get("status_code")
-    kind = error.get("type", body.get("type"))
-    return _find_sentence(value), code, kind
+    places = (error, body, _first_dict(body.get("base_resp")))
+    codes = (place.get(name) for place in places for name in _CODES)
+    types = (p.get(name) for p in places[:2] for name in ("type", "error_type"))
+    return _Told(
+        message=_one_line(_find_sentence(value), _MAX_SENTENCE),
+        code=next((code for code in codes if code is not None), None),
+        type=next((kind for kind in types if kind is not None), None),
+    )
 
 
 def _first_dict(value: Any) -> dict[str, Any]:
@@ -1812,117 +2814,77 @@ def _find_sentence(value: Any, depth: int = 0) -> str:
     found: Iterable[Any] = ()
     if isinstance(value, str):
         inner = _parse_json(value) if value.lstrip()[:1] in ("{", "[") else None
-        return _find_sentence(inner, depth + 1) if inner else " ".join(value.split())
+        return _find_sentence(inner, depth + 1) or value if inner else value
+    if depth > 8:
+        return ""
     if isinstance(value, list):
         found = value
     elif isinstance(value, dict):
-        found = (value[name] for name in _MESSAGE_MEMBERS if name in value)
-    if depth > 8:
-        return ""
+        found = (value[name] for name in _SENTENCE_MEMBERS if name in value)
     sentences = (_find_sentence(item, depth + 1) for item in found)
-    return next((sentence for sentence in sentences if sentence), "")
+    return next((sentence for sentence in sentences if sentence.strip()), "")
+
+
+def _title(text: str) -> str:
+    """The sentence in an error page: the title alone of HTML, whose body may hold the
+    caller's address (Cloudflare), else the beginning of the text."""
+    if text.lstrip()[:1] == "<":
+        import html
+
+        title = re.search(r"<title[^>]{0,200}>([^<]*)", text, re.IGNORECASE)
+        text = html.unescape(title[1]) if title else ""
+    return text[:300]
 
 
 # --------------------------------------------------------------------------------------
-# Bytes -> lines -> SSE events
+# The answer: bytes -> lines -> SSE events
 # --------------------------------------------------------------------------------------
 
 
-def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+class _Lines:
     """Lines end in LF, CRLF or CR (WHATWG SSE, 9.2.5), and in nothing else.
 
     A line is searched for its end only where it is new, and joined once: a large event
     in small reads stays linear.
     """
-    unfinished: list[bytes] = []  # pieces of the last line
-    size = 0  # of them together
-    after_cr = False
-    bom = b"\xef\xbb\xbf"  # of the first line only
-    for block in blocks:
-        if after_cr or b"\r" in block:
-            if after_cr and block.startswith(b"\n"):
+
+    def __init__(self) -> None:
+        self._unfinished: list[bytes] = []  # pieces of the last line
+        self._size = 0  # of them together
+        self._after_cr = False
+        self._bom = _BOM  # of the first line only
+
+    def feed(self, block: bytes) -> list[bytes]:
+        """-> the lines that have ended in a block, without their ends."""
+        if self._after_cr or b"\r" in block:
+            if self._after_cr and block.startswith(b"\n"):
                 block = block[1:]
-            after_cr = block.endswith(b"\r")
+            self._after_cr = block.endswith(b"\r")
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = block.split(b"\n")
         last = lines.pop()
         if lines:
-            if unfinished:
-                unfinished.append(lines[0])
-                lines[0] = b"".join(unfinished)
-                unfinished = []
-                size = 0
-            if bom:
-                lines[0] = lines[0].removeprefix(bom)
-                bom = b""
-            yield from lines
+            if self._unfinished:
+                self._unfinished.append(lines[0])
+                lines[0] = self._join()
+            if self._bom:
+                lines[0] = lines[0].removeprefix(self._bom)
+                self._bom = b""
         if last:
-            size += len(last)
-            _check_size(size)
-            unfinished.append(last)
-    if unfinished:
-        yield b"".join(unfinished).removeprefix(bom)
+            self._size += len(last)
+            _check_size(self._size)
+            self._unfinished.append(last)
+        return lines
 
+    def end(self) -> list[bytes]:
+        """-> the last line, if it has no end."""
+        return [self._join().removeprefix(self._bom)] if self._unfinished else []
 
-#: What _split_events() finds: an event's data; an error's; [DONE]; a body that is not
-#: SSE; the same where comments or fields stood beside it.
-_DATA, _ERROR, _DONE, _BODY, _STRAY = "data", "error", "done", "body", "stray"
-
-
-def _split_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
-    """SSE events (WHATWG SSE, 9.2.6) -> (kind, data).
-
-    Unlike a browser it also gives an event that the end of the body cuts short of its
-    blank line (llama.cpp, xAI, Groq), and does not wait for the blank line of [DONE].
-    """
-    kind = _DATA
-    data: list[bytes] = []
-    other: list[bytes] | None = []  # lines that are no SSE, until the first data
-    has_fields = False  # besides data: a comment, or another field
-    size = 0  # of the lines in data, or else in other
-    for line in lines:
-        if not line:
-            if data:
-                yield kind, b"\n".join(data)
-                data = []
-            kind = _DATA
-        elif line.startswith(b"data: {") and not data:
-            data.append(line[6:])  # nearly all are like this; as below, but faster
-            other = None
-            size = len(line)
-        elif line.startswith(b"data:"):
-            value = line[5:].removeprefix(b" ")
-            if value.strip() == b"[DONE]":
-                if data:
-                    yield kind, b"\n".join(data)
-                yield _DONE, b""
-                return
-            if data:
-                size += len(line)
-                _check_size(size)
-            else:
-                other = None
-                size = len(line)
-            data.append(value)
-        else:
-            name, _, value = line.partition(b":")
-            if name == b"event":
-                kind = _ERROR if value.strip() == b"error" else _DATA
-            elif name == b"error":  # a field of llama.cpp's and gpustack's
-                if data:
-                    yield kind, b"\n".join(data)
-                yield _ERROR, value  # at which the reader stops
-            elif name not in (b"", b"id", b"retry", b"data"):
-                if other is not None:
-                    other.append(line)
-                    size += len(line) + 1
-                    _check_size(size)
-                continue
-            has_fields = True
-    if data:
-        yield kind, b"\n".join(data)
-    elif other:
-        yield _STRAY if has_fields else _BODY, b"\n".join(other)
+    def _join(self) -> bytes:
+        line = b"".join(self._unfinished)
+        self._unfinished = []
+        self._size = 0
+        return line
 
 
 def _check_size(size: int) -> None:
@@ -1932,193 +2894,490 @@ def _check_size(size: int) -> None:
         )
 
 
+#: What _SSE finds: the text behind `data:`; the same in an event with a name of its own;
+#: text of an error; JSON without `data:`; a line that is neither; [DONE].
+_DATA, _NAMED, _ERROR = "data", "named", "error"
+_BARE, _ASIDE, _DONE = "bare", "aside", "done"
+
+#: What the last event holds: as OpenAI writes it; java-genai and codex's stubs; encoded.
+_DONE_TEXTS = (b"[DONE]", b"DONE", b'"[DONE]"')
+
+
+class _SSE:
+    """Events (WHATWG SSE, 9.2.6) and what servers write in their place -> (kind, text).
+
+    Unlike a browser it also gives an event that the end of the body cuts short of its
+    blank line (llama.cpp, xAI, Groq), and does not wait for the blank line of [DONE].
+    """
+
+    def __init__(self) -> None:
+        self._lines = _Lines()
+        self._kind = _DATA  # of the event that is being read
+        self._data: list[bytes] = []  # its lines, without `data:`
+        self._bare: list[bytes] = []  # lines of JSON that stands there without `data:`
+        self._brackets = _Brackets()  # of that JSON
+        self._size = 0  # of the lines in either
+
+    def feed(self, block: bytes) -> Iterator[tuple[str, bytes]]:
+        return self._read(self._lines.feed(block))
+
+    def end(self) -> Iterator[tuple[str, bytes]]:
+        """What has begun and has no end yet."""
+        yield from self._read(self._lines.end())
+        yield from self._take()
+
+    def _read(self, lines: list[bytes]) -> Iterator[tuple[str, bytes]]:
+        data = self._data
+        for line in lines:
+            if not line:
+                if len(data) == 1:  # as below, but faster: nearly all are like this
+                    yield self._kind, data.pop()
+                elif data or self._bare:
+                    yield from self._take()
+                self._kind = _DATA
+            elif line.startswith(b"data: {") and not data and not self._bare:
+                data.append(line[6:])
+                self._size = len(line)
+            elif line.startswith(b"data:"):
+                yield from self._read_data(line)
+            else:
+                yield from self._read_other(line)
+
+    def _take(self) -> Iterator[tuple[str, bytes]]:
+        """The event, or the bare JSON, that has been read."""
+        if self._data:
+            text = b"\n".join(self._data)
+            self._data.clear()
+            yield self._kind, text
+        if self._bare:
+            text = b"\n".join(self._bare)
+            self._bare.clear()
+            self._brackets = _Brackets()
+            yield _BARE, text
+
+    def _add(self, lines: list[bytes], line: bytes) -> None:
+        self._size = self._size + len(line) + 1 if lines else len(line)
+        _check_size(self._size)
+        lines.append(line)
+
+    def _read_data(self, line: bytes) -> Iterator[tuple[str, bytes]]:
+        value = line[5:].removeprefix(b" ")
+        while value.startswith(b"data:"):  # frameworks that add a prefix of their own
+            value = value[5:].removeprefix(b" ")
+        if self._bare or value.strip() in _DONE_TEXTS:
+            yield from self._take()
+        if value.strip() in _DONE_TEXTS:
+            yield _DONE, b""
+        else:
+            self._add(self._data, value)
+
+    def _read_other(self, line: bytes) -> Iterator[tuple[str, bytes]]:
+        """A line that is not `data:`."""
+        name, _, value = line.partition(b":")
+        start = line.lstrip()[:1]
+        if not name:
+            return  # a comment
+        if name in (b"event", b"id", b"retry", b"data"):
+            if self._bare:
+                yield from self._take()
+            if name == b"event":
+                self._kind = self._find_kind(value.strip())
+            elif name == b"data":  # without a colon: empty (WHATWG SSE, 9.2.6)
+                self._add(self._data, b"")
+        elif name.lower() == b"error":  # a field of llama.cpp's and gpustack's
+            yield from self._take()
+            yield _ERROR, value
+        elif self._bare or start in (b"{", b"["):
+            if self._data or line.strip() in _DONE_TEXTS:
+                yield from self._take()
+            if line.strip() in _DONE_TEXTS:
+                yield _DONE, b""
+                return
+            self._add(self._bare, line)
+            self._brackets.feed(line.decode("latin-1"))
+            if self._brackets.are_closed:
+                yield from self._take()
+        else:
+            yield _ASIDE, line
+
+    def _find_kind(self, name: bytes) -> str:
+        if name.lower() == b"error":
+            return _ERROR
+        return _DATA if name in (b"", b"message") else _NAMED
+
+
+class _Brackets:
+    """Whether JSON that comes in pieces is whole so far, by its brackets.
+
+    Each character is looked at once, where a parser would have to begin anew.
+    """
+
+    _ESCAPE = re.compile(r"\\.", re.DOTALL)
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = 0
+        self._cut = ""  # a backslash whose character is still to come
+        self._has_any = False
+
+    def feed(self, text: str) -> None:
+        text = self._ESCAPE.sub("", self._cut + text)
+        self._cut = "\\" if text.endswith("\\") else ""
+        parts = text.split('"')
+        outside = "".join(parts[self._in_string :: 2])
+        self._in_string ^= (len(parts) - 1) & 1
+        opened = outside.count("{") + outside.count("[")
+        self._depth += opened - outside.count("}") - outside.count("]")
+        self._has_any = self._has_any or opened > 0
+
+    @property
+    def are_closed(self) -> bool:
+        return self._has_any and self._depth <= 0 and not self._in_string
+
+
 # --------------------------------------------------------------------------------------
-# SSE events -> chunks -> our events
+# The answer: texts -> chunks -> our events
 # --------------------------------------------------------------------------------------
 
 
-def _read_events(
-    sse_events: Iterable[tuple[str, bytes]], state: _State
-) -> Iterator[Event]:
-    """Chunks -> events. match() and _learn() spare the JSON parser where the result is
-    known without it (see "The shortcut" below); without them all is the same."""
-    match: _Matcher = _match_nothing
-    unused = 0  # matchers in a row that never matched
-    for kind, data in sse_events:
-        event = match(data) if kind is _DATA else None
-        if event is not None:
-            state.progress = True
-            unused = 0
-            yield event
-            continue
-        if kind is _DONE:
-            state.done = True
-            break
-        if kind is _ERROR:
-            yield from _flush_halves(state)
-            raise _server_error(data.strip())
-        match = _match_nothing
-        for chunk in _parse_chunks(kind, data, state):
-            state.progress = True
-            if state.raw:
-                yield Chunk(chunk)
-            events = _read_chunk(state, chunk)
-            yield from events
-            if _is_error(chunk):
-                yield from _flush_halves(state)
-                raise _server_error(data, chunk)
-            if unused < _PATIENCE and not state.raw and not state.halves:
-                match = _learn(data, chunk, events)
-                unused += match is not _match_nothing
-    yield from _flush_halves(state)
-    if state.skipped:
-        _log.warning("skipped data that is no JSON object, %d time(s)", state.skipped)
-
-
-#: Not strict: control characters may stand in a string as they are (VT, FF).
+#: Not strict: control characters may stand in a string as they are (GenieX, pi).
 _parse_json_at = json.JSONDecoder(strict=False).raw_decode
 
+_JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 
-def _parse_object(data: bytes) -> dict[str, Any] | None:
-    """-> the JSON object that `data` is; None if it is anything else."""
-    text = data.decode("utf-8", "replace").strip(" \t\r\n")
+
+def _parse_values(text: str) -> Optional[list[Any]]:
+    """-> the JSON values in a text, one behind the other; None if it is anything else."""
+    if len(text) > _MAX_OBJECTS and text.count("{") + text.count("[") > _MAX_OBJECTS:
+        raise StreamError(f"expected events of at most {_MAX_OBJECTS} JSON objects")
+    values: list[Any] = []
+    place = _JSON_BLANKS.match(text).end()  # type: ignore[union-attr]
     try:
-        value, end = _parse_json_at(text)
-    except (ValueError, RecursionError):
+        while place < len(text):
+            value, place = _parse_json_at(text, place)
+            values.append(value)
+            place = _JSON_BLANKS.match(text, place).end()  # type: ignore[union-attr]
+    except (ValueError, RecursionError) as error:
+        _pass_on(error)
         return None
-    return value if isinstance(value, dict) and end == len(text) else None
+    return values
 
 
-def _parse_chunks(kind: str, data: bytes, state: _State) -> Iterator[dict[str, Any]]:
-    """The JSON objects in an SSE event, or in a body that is none."""
-    chunk = _parse_object(data)
-    if kind is not _DATA:
-        if chunk is not None and ("choices" in chunk or _is_error(chunk)):
-            yield chunk
-        elif data.strip() and state.fault is None:
-            _check_body(kind, data, state.content_type)
-    elif chunk is not None:
-        yield chunk
-    else:
-        for line in data.split(b"\n"):  # several events without blank lines between
-            chunk = _parse_object(line)
-            if chunk is not None:
-                yield chunk
-            elif line.strip() and state.fault is None:  # else it is what was cut
-                state.skipped += 1
-                if state.strict:
-                    text = line.decode("utf-8", "replace")
-                    shown = f"expected a JSON object after data:, got {text[:200]!r}"
-                    raise MalformedChunkError(shown, data=text)
+def _parse_json(text: str) -> Any:
+    """-> the JSON value; None if the text is not JSON (or is null)."""
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError) as error:
+        _pass_on(error)
+        return None
 
 
-def _check_body(kind: str, data: bytes, content_type: str) -> None:
-    """Raise for a body that is no event stream; for lines beside SSE only if they are an
-    error."""
-    text = data.decode("utf-8", "replace").strip()
-    parsed = _parse_json(text)
-    if _is_error(_first_dict(parsed)):  # Gemini: [{"error": ...}]
-        raise _server_error(data, parsed)
-    if kind is _BODY:
-        shown = content_type or "no content type"
-        raise StreamError(f"expected an event stream, got {shown!r}: {text[:200]!r}")
+def _dump(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "..."
 
 
-def _is_error(chunk: dict[str, Any]) -> bool:
-    """Whether the server reports an error with this chunk."""
-    if chunk.get("error"):  # null, {}, "" and [] are no error
-        return True
-    if chunk.get("choices"):
-        return False
-    return (
-        chunk.get("object") == "error"  # vLLM, Mistral
-        or chunk.get("type") == "error"
-        or bool(chunk.get("detail"))  # FastAPI
-        or bool(_first_dict(chunk.get("base_resp")).get("status_code"))  # MiniMax
-    )
+def _word(value: Any) -> str:
+    """A str; "" for all else, and for the words that say as much (KoboldCpp, LiteLLM)."""
+    if not isinstance(value, str) or value in ("null", "None"):
+        return ""
+    return _replace_surrogates(value)
 
 
-def _server_error(data: bytes, parsed: Any = None) -> ServerError:
-    text = data.decode("utf-8", "replace")
-    raw = parsed if parsed is not None else _parse_json(text)
-    if raw is None:
-        raw = text
-    message, code, kind = _describe_error(raw)
-    message = message or text[:300]
-    shown = f" (code {code})" if code is not None else ""
-    return ServerError(
-        f"the server reported an error inside its answer: {message}{shown}",
-        message=message,
-        code=code,
-        type=kind,
-        raw=raw,
-    )
+class _Answer:
+    """All that is known of one answer: feed() it bytes, then end() it.
 
-
-def _read_chunk(state: _State, chunk: dict[str, Any]) -> list[Event]:
-    """-> the chunk's events; the rest of what it says goes to `state`.
-
-    The functions below append to the list `events`.
+    done: bool, [DONE] has come, and nothing after it counts.
+    started: bool, it has given an event.
+    said: int, a number that grows with chunks that have a choice or usage in them.
     """
-    events: list[Event] = []
-    if not state.response_id:
-        state.response_id = _str(chunk.get("id"))
-    if not state.model:
-        state.model = _str(chunk.get("model"))
-    choices = chunk.get("choices")
-    if isinstance(choices, list):
-        for position, choice in enumerate(choices):
-            if isinstance(choice, dict):
-                index = choice.get("index")
-                if type(index) is not int:  # Cloudflare sends none
-                    index = position
-                _read_choice(state, index, choice, events)
-    _read_usage(state, _first_dict(chunk.get("x_groq")).get("usage"))
-    _read_usage(state, chunk.get("usage"))
-    return events
 
+    def __init__(
+        self,
+        *,
+        strict: bool,
+        raw: bool,
+        one_choice: bool,
+        content_type: str = "",
+        request_id: str = "",
+        headers: Optional[dict[str, str]] = None,
+        hide: Callable[[str], str] = str,
+    ) -> None:
+        self.done = False
+        self.started = False
+        self.said = 0
+        self._strict = strict
+        self._raw = raw
+        self._one_choice = one_choice
+        self._content_type = content_type
+        self._request_id = request_id
+        self._headers = headers or {}
+        self._hide = hide  # for what is quoted
 
-def _str(value: Any) -> str:
-    return _replace_surrogates(value) if isinstance(value, str) else ""
+        self._sse = _SSE()
+        self._shortcut = _Shortcut()
+        self._response_id = ""
+        self._model = ""
+        self._usage: Optional[Usage] = None
+        self._choices: dict[int, _Choice] = {}
+        self._has_chunks = False
+        self._is_bare = False  # its chunks came without `data:`
+        self._skipped = 0
+        self._skipped_text = ""  # the first one
+        self._other_text = ""  # the first that is neither chunk nor padding
+        self._other_size = 0
 
+    # Bytes
 
-def _read_choice(
-    state: _State, index: int, data: dict[str, Any], events: list[Event]
-) -> None:
-    choice = state.choices.get(index)
-    if choice is None:
-        choice = state.choices[index] = _Choice(index)
-    before = len(events)
-    delta = data.get("delta")
-    if delta and isinstance(delta, dict):
-        _read_delta(state, choice, delta, events)
-    elif isinstance(data.get("message"), dict) and not choice.streamed:
-        # An answer in one piece: MiniMax's summary, or a server that ignores stream:true.
-        _read_delta(state, choice, data["message"], events)
-    if len(events) > before:
-        choice.streamed = True
-    reason = data.get("finish_reason")
-    if reason and not choice.finish_reason:  # OpenRouter repeats it, with another one
-        choice.finish_reason = _str(reason)
-    _read_usage(state, data.get("usage"))  # Moonshot
+    def feed(self, block: bytes) -> Iterator[Event]:
+        """The events in the next bytes. Raises StreamError, after those before it."""
+        match, hits = self._shortcut.match, 0
+        for kind, data in self._sse.feed(block):
+            event = match(data) if kind is _DATA else None
+            if event is not None:
+                hits += 1
+                yield event
+                continue
+            self._count_hits(hits)
+            yield from self._read(kind, data)
+            if self.done:
+                return
+            match, hits = self._shortcut.match, 0
+        self._count_hits(hits)
 
+    def _count_hits(self, hits: int) -> None:
+        """So many events were the shortcut's."""
+        if hits:
+            self.said += hits
+            self._shortcut.keep_on()
 
-def _read_usage(state: _State, data: Any) -> None:
-    """The last that counts anything stands: many send zeros or null before or after."""
-    if data and isinstance(data, dict):
-        prompt = _first_dict(data.get("prompt_tokens_details"))
-        completion = _first_dict(data.get("completion_tokens_details"))
-        usage = Usage(
-            _count(data, "prompt_tokens"),
-            _count(data, "completion_tokens"),
-            _count(data, "total_tokens"),
-            _count(prompt, "cached_tokens")
-            or _count(data, "prompt_cache_hit_tokens")  # DeepSeek
-            or _count(data, "cached_tokens"),  # Moonshot
-            _count(completion, "reasoning_tokens") or _count(data, "reasoning_tokens"),
+    def end(self, cut: Union[StreamError, DeadlineError, None]) -> Iterator[Event]:
+        """The events still held back, and Completed; or raise how it went wrong.
+
+        cut: why no more bytes come; None: the body ended properly, or [DONE] came.
+        """
+        if not self.done:
+            for kind, data in self._sse.end():
+                yield from self._read(kind, data, is_cut=cut is not None)
+        yield from self._give(self._take_halves())
+        if self._skipped:
+            _log.warning(
+                "skipped data that is no JSON object, %d time(s), first: %r",
+                self._skipped,
+                self._skipped_text,
+            )
+        self._check_end(cut)
+        reasons = {c.index: c.reason for c in self._choices.values() if c.reason}
+        yield Completed(
+            response_id=self._response_id,
+            model=self._model,
+            finish_reason=reasons.get(0),
+            finish_reasons=reasons,
+            usage=self._usage,
+            skipped=self._skipped,
+            request_id=self._request_id,
+            headers=dict(self._headers),
         )
-        if state.usage is None or any(vars(usage).values()):
-            state.usage = usage
+
+    def _check_end(self, cut: Union[StreamError, DeadlineError, None]) -> None:
+        """Raise or log what is wrong with the way the answer ended, if anything is."""
+        choices = self._choices.values()
+        if cut is None and not self._has_chunks and self._other_text:
+            shown = self._content_type or "no content type"
+            raise StreamError(
+                "the answer is no chat completion: expected chunks with choices, got "
+                f"{self._other_text!r} ({shown})"
+            )
+        finished = bool(choices) and all(c.is_finished(self.done) for c in choices)
+        if cut is None and finished:
+            return
+        fault = cut or TruncatedStreamError(
+            "the stream ended without a finish_reason: the answer may be cut"
+        )
+        # Broken off after its finish reason, or ended properly without one: bad if strict.
+        if self._strict or (cut is not None and not finished):
+            raise fault
+        _log.warning("%s", self._hide(str(fault)))
+
+    def _give(self, events: list[Event]) -> list[Event]:
+        self.started = self.started or bool(events)
+        return events
+
+    # Texts
+
+    def _read(self, kind: str, data: bytes, is_cut: bool = False) -> Iterator[Event]:
+        """The events of an SSE event, or of what stands in its place."""
+        if kind is _DONE:
+            self.done = True
+            return
+        text = data.decode("utf-8", "replace")
+        if kind is _ASIDE:
+            self._note(text)
+            return
+        values = _parse_values(text)
+        self._shortcut.forget()
+        if values is not None:
+            alone = kind is _DATA and len(values) == 1 and not self._raw
+            source = data if alone else None
+            yield from self._read_values(kind, text, values, source)
+        elif "\n" in text:
+            yield from self._read_lines(kind, text, is_cut)
+        else:
+            yield from self._read_unreadable(kind, text, is_cut)
+        if kind is _ERROR:
+            yield from self._give(self._take_halves())
+            raise _server_error(text.strip())
+
+    def _read_lines(self, kind: str, text: str, is_cut: bool) -> Iterator[Event]:
+        """Several events without blank lines between them, or lines of no JSON at all."""
+        lines = text.split("\n")
+        for line in lines:
+            values = _parse_values(line)
+            if values is not None:
+                yield from self._read_values(kind, line, values)
+            else:
+                last = is_cut and line is lines[-1]
+                yield from self._read_unreadable(kind, line, last)
+
+    def _read_values(
+        self, kind: str, text: str, values: list[Any], source: Optional[bytes] = None
+    ) -> Iterator[Event]:
+        """source: the bytes, if they are one data line with one value."""
+        chunks = _objects_in(values)
+        # For Chunk a second reading, so that nothing in it is a part of an event.
+        twins = _objects_in(_parse_values(text) or []) if self._raw else chunks
+        for chunk, twin in zip(chunks, twins):
+            if not isinstance(chunk, dict):
+                yield from self._read_unreadable(kind, _dump(chunk), False)
+                continue
+            events = self._read_chunk(kind, chunk)
+            if source is not None:
+                self._shortcut.learn(source, chunk, events, self._find_call)
+            if self._raw:
+                yield from self._give([Chunk(twin)])
+            yield from self._give(events)
+            part = _find_error(chunk)
+            if part is not None:
+                yield from self._give(self._take_halves())
+                raise _server_error(text, chunk, part)
+
+    def _read_unreadable(self, kind: str, text: str, is_cut: bool) -> Iterator[Event]:
+        """Text that is not JSON: an error, padding, or skipped and said."""
+        text = text.strip()
+        if text[:6].lower() == "error:" and kind is not _ERROR:  # Crane
+            yield from self._give(self._take_halves())
+            raise _server_error(text[6:].strip())
+        if not text or is_cut or kind in (_NAMED, _ERROR) or text[0] == ":":
+            return
+        self._note(text)
+        if kind is _DATA or self._is_bare:
+            self._skipped += 1
+            self._skipped_text = self._skipped_text or self._quote(text)
+            if self._strict:
+                shown = f"expected a JSON object after data:, got {self._quote(text)!r}"
+                raise MalformedChunkError(shown, data=text)
+
+    def _note(self, text: str) -> None:
+        """What may turn out to be the whole answer."""
+        if self._has_chunks:
+            return
+        self._other_size += len(text) + 1
+        _check_size(self._other_size)
+        if len(self._other_text) < _MAX_QUOTE and text.strip():
+            self._other_text = self._quote(f"{self._other_text} {text}")
+
+    def _quote(self, text: str) -> str:
+        return _one_line(self._hide(text), _MAX_QUOTE)
+
+    # Chunks
+
+    def _read_chunk(self, kind: str, chunk: dict[str, Any]) -> list[Event]:
+        """-> its events; the rest of what it says is known from now on."""
+        is_chunk = "choices" in chunk or "usage" in chunk
+        if is_chunk or _find_error(chunk) is not None:
+            self._has_chunks = True
+            self._is_bare = kind is _BARE
+        elif not self._has_chunks:
+            self._note(_dump(chunk))
+        if is_chunk or kind is not _NAMED:
+            self._response_id = self._response_id or _word(chunk.get("id"))
+            self._model = self._model or _word(chunk.get("model"))
+        events: list[Event] = []
+        choices = chunk.get("choices")
+        for position, data in enumerate(choices if isinstance(choices, list) else ()):
+            if isinstance(data, dict):
+                self.said += 1
+                events += self._find_choice(data.get("index"), position).read(data)
+                self._read_usage(data.get("usage"))  # Moonshot
+        self._read_usage(_first_dict(chunk.get("x_groq")).get("usage"))
+        self._read_usage(chunk.get("usage"))
+        return events
+
+    def _find_choice(self, index: Any, position: int) -> _Choice:
+        if type(index) is not int:  # Cloudflare sends none
+            index = position
+        if self._one_choice:  # Foundry Local counts tokens in it; Copilot uses two
+            index = 0
+        choice = self._choices.get(index)
+        if choice is None:
+            if len(self._choices) >= _MAX_CHOICES:
+                raise StreamError(f"expected at most {_MAX_CHOICES} choices, got more")
+            choice = self._choices[index] = _Choice(index)
+        return choice
+
+    def _read_usage(self, data: Any) -> None:
+        """The last that counts anything stands: many send zeros or null before or after."""
+        if data and isinstance(data, dict):
+            self.said += 1
+            usage = _make_usage(data)
+            counts = {**vars(usage), "extra": None}
+            if self._usage is None or any(counts.values()):
+                self._usage = usage
+
+    def _find_call(self, event: ToolCallDelta) -> _Call:
+        return self._choices[event.choice].find_call(event.index)
+
+    def _take_halves(self) -> list[Event]:
+        return [e for choice in self._choices.values() for e in choice.take_halves()]
+
+
+def _objects_in(values: list[Any]) -> list[Any]:
+    """The objects of a text, also those in a list (Azure, Vertex); null is padding."""
+    found = []
+    for value in values:
+        inside = value if isinstance(value, list) and value else [value]
+        found += [item for item in inside if item is not None]
+    return found
+
+
+#: Members of `usage` that Usage has under its own names.
+_USAGE_MEMBERS = {
+    *("prompt_tokens", "completion_tokens", "total_tokens"),
+    *("input_tokens", "output_tokens"),
+    *("prompt_tokens_details", "completion_tokens_details"),
+    *("prompt_cache_hit_tokens", "cached_tokens", "reasoning_tokens"),
+}
+
+
+def _make_usage(data: dict[str, Any]) -> Usage:
+    prompt = _first_dict(data.get("prompt_tokens_details"))
+    completion = _first_dict(data.get("completion_tokens_details"))
+    return Usage(
+        _count(data, "prompt_tokens") or _count(data, "input_tokens"),  # mlx-vlm
+        _count(data, "completion_tokens") or _count(data, "output_tokens"),
+        _count(data, "total_tokens"),
+        _count(prompt, "cached_tokens")
+        or _count(data, "prompt_cache_hit_tokens")  # DeepSeek
+        or _count(data, "cached_tokens"),  # Moonshot
+        _count(completion, "reasoning_tokens") or _count(data, "reasoning_tokens"),
+        {
+            name: value
+            for name, value in data.items()
+            if name not in _USAGE_MEMBERS and value is not None
+        },
+    )
 
 
 def _count(data: dict[str, Any], name: str) -> int:
@@ -2128,50 +3387,150 @@ def _count(data: dict[str, Any], name: str) -> int:
     return value if type(value) is int else 0
 
 
-def _read_delta(
-    state: _State, choice: _Choice, delta: dict[str, Any], events: list[Event]
-) -> None:
-    """A delta, or a whole message, which has the same members."""
-    _read_reasoning(state, choice, delta, events)
-    content = delta.get("content")
-    if content:
-        if isinstance(content, str):
-            _add_text(state, TextDelta, choice, content, events)
-        elif isinstance(content, list):  # Mistral
-            for part in content:
-                _read_part(state, choice, part, events)
-    refusal = delta.get("refusal")
-    if refusal and isinstance(refusal, str):
-        _add_text(state, RefusalDelta, choice, refusal, events)
-    calls = delta.get("tool_calls")
-    if calls and isinstance(calls, list):
-        for call in calls:
-            if isinstance(call, dict):
-                _read_call(state, choice, call, events)
-    elif isinstance(delta.get("function_call"), dict):
-        # Before tools there was one function: call 0 (functionary, llama-cpp-python).
-        call = {"index": 0, "function": delta["function_call"]}
-        _read_call(state, choice, call, events)
+# --------------------------------------------------------------------------------------
+# The answer: choices, their texts, their tool calls
+# --------------------------------------------------------------------------------------
 
 
-def _read_reasoning(
-    state: _State, choice: _Choice, delta: dict[str, Any], events: list[Event]
-) -> None:
-    """Servers name it in three ways, and some send the same text under two names."""
-    extra = {
-        name: value
-        for name, value in delta.items()
-        if name.startswith("reasoning")
-        and value
-        and isinstance(value, (str, list, dict))
-    }
-    if not extra:
-        return
-    text = ""
-    for name in ("reasoning_content", "reasoning", "reasoning_details"):
-        text = text or _find_texts(extra.get(name))
-    text = _join_halves(state, (ReasoningDelta, choice.index, None), text)
-    events.append(ReasoningDelta(text, choice.index, extra))
+class _Text:
+    """A text that comes in pieces, as valid Unicode.
+
+    Servers in JavaScript cut between the halves of a surrogate pair, in two escapes. The
+    first half waits here for the second; one without the other becomes U+FFFD.
+    """
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def join(self, piece: str) -> str:
+        if self._half and piece:
+            piece, self._half = self._half + piece, ""
+        if piece.isascii() or not _has_surrogate(piece):
+            return piece
+        if "\ud800" <= piece[-1] <= "\udbff":
+            self._half, piece = piece[-1], piece[:-1]
+        return _replace_surrogates(piece)
+
+    def take_half(self) -> str:
+        """-> what stands for a half whose other one never came; "" if there is none."""
+        half, self._half = self._half, ""
+        return "\ufffd" if half else ""
+
+
+#: Where reasoning is, in the order in which it is believed; it is never added up.
+_REASONING = ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details")
+
+#: The four kinds of things that a message may have, by the member's name.
+_CONTENT, _REASON, _REFUSAL, _CALLS = "content", "reasoning", "refusal", "tool_calls"
+
+
+class _Choice:
+    """One choice of an answer: reads its members in chunks, and gives events."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.reason = ""
+        self._is_open = False  # something of it came after the reason
+        self._has_grown = False  # since the first reason
+        self._streamed: set[str] = set()  # kinds of which something came
+        self._texts: dict[Any, _Text] = {}
+        self._calls = _Calls(index)
+
+    def is_finished(self, done: bool) -> bool:
+        """done: [DONE] has come, and then a reason is enough."""
+        return bool(self.reason) and (done or not self._is_open)
+
+    def read(self, data: dict[str, Any]) -> list[Event]:
+        events: list[Event] = []
+        delta, message = data.get("delta"), data.get("message")
+        if isinstance(delta, dict):
+            self._read_members(delta, frozenset(), events)
+        if isinstance(message, dict):
+            # The whole text once more (Perplexity, MiniMax), or what was not streamed.
+            self._read_members(message, frozenset(self._streamed), events)
+        self._read_reason(_word(data.get("finish_reason")), bool(events))
+        return events
+
+    def _read_reason(self, reason: str, has_more: bool) -> None:
+        """The first one stands; but `stop`, which some servers write into every chunk,
+        gives way to another one that comes with or after more."""
+        if has_more:
+            self._has_grown = bool(self.reason)
+            self._is_open = True
+        if reason:
+            if not self.reason or (self.reason == "stop" and self._has_grown):
+                self.reason = reason[:_MAX_REASON]
+            self._is_open = False
+
+    def find_call(self, position: int) -> _Call:
+        return self._calls.at(position)
+
+    def take_halves(self) -> list[Event]:
+        """First halves of surrogate pairs whose second never came."""
+        events: list[Event] = []
+        for kind, text in self._texts.items():
+            half = text.take_half()
+            if half:
+                events.append(kind(half, self.index))
+        return events + self._calls.take_halves()
+
+    def _read_members(
+        self, source: dict[str, Any], known: frozenset[str], events: list[Event]
+    ) -> None:
+        """A delta, or a message; of a message not the kinds that are known already."""
+        if _REASON not in known:
+            self._read_reasoning(source, events)
+        content = source.get("content")
+        if content and _CONTENT not in known:
+            for part in content if isinstance(content, list) else (content,):
+                self._read_part(part, events)
+        refusal = source.get("refusal")
+        if refusal and isinstance(refusal, str) and _REFUSAL not in known:
+            self._add(_REFUSAL, RefusalDelta, refusal, events)
+        if _CALLS not in known:
+            calls = self._calls.read(source)
+            if calls:
+                self._streamed.add(_CALLS)
+                events += calls
+
+    def _add(self, kind: str, event: Any, piece: str, events: list[Event]) -> None:
+        text = self._join(event, piece)
+        self._streamed.add(kind)
+        if text:
+            events.append(event(text, self.index))
+
+    def _join(self, event: Any, piece: str) -> str:
+        if piece.isascii() and event not in self._texts:
+            return piece  # spares the object
+        if event not in self._texts:
+            self._texts[event] = _Text()
+        return self._texts[event].join(piece)
+
+    def _read_part(self, part: Any, events: list[Event]) -> None:
+        """Content, or a part of it: text is text, the other parts are reasoning."""
+        text = _find_texts(part)
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind == "refusal" and isinstance(part.get("refusal"), str):
+            self._add(_REFUSAL, RefusalDelta, part["refusal"], events)
+        elif text and kind in ("text", "output_text"):
+            self._add(_CONTENT, TextDelta, text, events)
+        elif text:  # Mistral, Databricks
+            self._add(_REASON, ReasoningDelta, text, events)
+
+    def _read_reasoning(self, source: dict[str, Any], events: list[Event]) -> None:
+        """Servers name it in many ways, and some send the same text under two names."""
+        extra = {
+            name: value
+            for name, value in source.items()
+            if name.startswith("reasoning")
+            and value
+            and isinstance(value, (str, list, dict))
+        }
+        if extra:
+            found = (_find_texts(extra.get(name)) for name in _REASONING)
+            text = self._join(ReasoningDelta, next((t for t in found if t), ""))
+            self._streamed.add(_REASON)
+            events.append(ReasoningDelta(text, self.index, extra))
 
 
 def _find_texts(value: Any, depth: int = 0) -> str:
@@ -2181,139 +3540,196 @@ def _find_texts(value: Any, depth: int = 0) -> str:
     if isinstance(value, list) and depth < 8:
         return "".join(_find_texts(item, depth + 1) for item in value)
     if isinstance(value, dict) and depth < 8:
-        for name in ("text", "content", "thinking", "reasoning"):
+        for name in ("text", "content", "thinking", "reasoning", "summary"):
             if value.get(name):
                 return _find_texts(value[name], depth + 1)
     return ""
 
 
-def _read_part(state: _State, choice: _Choice, part: Any, events: list[Event]) -> None:
-    """A part of a content list: text parts are text, the others reasoning."""
-    text = _find_texts(part)
-    kind = part.get("type", "text") if isinstance(part, dict) else "text"
-    if text and kind in ("text", "output_text"):
-        _add_text(state, TextDelta, choice, text, events)
-    elif text:
-        _add_text(state, ReasoningDelta, choice, text, events)
+class _Call:
+    """A tool call being assembled: its place in the message, and what is known of it."""
 
+    def __init__(self, position: int, choice: int) -> None:
+        self.id = ""
+        self.name = ""
+        self.has_arguments = False
+        self._position = position
+        self._choice = choice
+        self._type = "function"
+        self._text = _Text()
+        self._pieces: list[str] = []  # of the arguments, not looked at yet
+        self._brackets = _Brackets()
 
-def _add_text(
-    state: _State,
-    kind: type[TextDelta] | type[ReasoningDelta] | type[RefusalDelta],
-    choice: _Choice,
-    text: str,
-    events: list[Event],
-) -> None:
-    text = _join_halves(state, (kind, choice.index, None), text)
-    if text:
-        events.append(kind(text, choice.index))
+    def read(self, part: _CallPart) -> Optional[ToolCallDelta]:
+        """-> the event of a delta; None if the delta says nothing new."""
+        is_named = bool(part.id and not self.id or part.name and not self.name)
+        self.id = self.id or part.id
+        self.name = self.name or part.name
+        if part.is_custom:
+            self._type = "custom"
+        arguments = part.arguments
+        if not isinstance(arguments, str):  # Writer, early llama.cpp
+            is_first = isinstance(arguments, (dict, list)) and not self.has_arguments
+            arguments = _dump(arguments) if is_first else ""
+        arguments = self._text.join(arguments)
+        if arguments:
+            self._add(arguments)
+        if not (is_named or arguments or part.extra):
+            return None
+        return self._make(arguments, part.extra or None)
 
+    def take_half(self) -> Optional[ToolCallDelta]:
+        half = self._text.take_half()
+        return self._make(half) if half else None
 
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    def add(self, arguments: str) -> ToolCallDelta:
+        """The same as read() of a delta that has nothing but these arguments."""
+        self._add(arguments)
+        return self._make(arguments)
 
+    def _add(self, arguments: str) -> None:
+        self.has_arguments = True
+        self._pieces.append(arguments)
+        if len(self._pieces) > 256:  # flat in memory, and cheap: joined before the look
+            self._look()
 
-def _join_halves(state: _State, key: _HalfKey, text: str) -> str:
-    """Make `text` valid Unicode.
+    def _look(self) -> None:
+        self._brackets.feed("".join(self._pieces))
+        self._pieces.clear()
 
-    Servers in JavaScript cut between the halves of a surrogate pair, in two escapes. The
-    first half waits here for the second; one without the other becomes U+FFFD.
-    """
-    if key in state.halves and text:
-        text = state.halves.pop(key) + text
-    if text.isascii() or not _has_surrogate(text):
-        return text
-    if "\ud800" <= text[-1] <= "\udbff":
-        state.halves[key] = text[-1]
-        text = text[:-1]
-    return _replace_surrogates(text)
+    @property
+    def is_whole(self) -> bool:
+        """Its arguments are a whole JSON object already."""
+        self._look()
+        return self._brackets.are_closed
 
-
-def _replace_surrogates(text: str) -> str:
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _flush_halves(state: _State) -> Iterator[Event]:
-    """First halves whose second never came."""
-    for kind, choice, call in state.halves:
-        if call is None:
-            yield kind("\ufffd", choice)
-        else:
-            yield kind(call.position, call.id, call.name, "\ufffd", None, choice)
-    state.halves.clear()
-
-
-def _read_call(
-    state: _State, choice: _Choice, data: dict[str, Any], events: list[Event]
-) -> None:
-    """A tool-call delta: find its call, and add what it says."""
-    function = _first_dict(data.get("function"))
-    id = _str(data.get("id"))
-    name = _str(function.get("name"))
-    call = _find_call(choice, data.get("index"), id, name)
-    is_named = bool(id and not call.id or name and not call.name)
-    call.id = call.id or id
-    call.name = call.name or name
-    arguments = function.get("arguments")
-    if isinstance(arguments, (dict, list)):  # Writer, early llama.cpp
-        arguments = (
-            "" if call.has_arguments else json.dumps(arguments, ensure_ascii=False)
-        )
-    if not isinstance(arguments, str):
-        arguments = ""
-    call.has_arguments = call.has_arguments or bool(arguments)
-    arguments = _join_halves(state, (ToolCallDelta, choice.index, call), arguments)
-    known = ("index", "id", "type", "function")
-    extra = {k: v for k, v in data.items() if k not in known and v is not None}
-    if is_named or arguments or extra:
-        events.append(
-            ToolCallDelta(
-                call.position,
-                call.id,
-                call.name,
-                arguments,
-                extra or None,
-                choice.index,
-            )
+    def _make(
+        self, arguments: str, extra: Optional[dict[str, Any]] = None
+    ) -> ToolCallDelta:
+        return ToolCallDelta(
+            self._position,
+            self.id,
+            self.name,
+            arguments,
+            extra,
+            self._choice,
+            self._type,
         )
 
 
-def _find_call(choice: _Choice, index: Any, id: str, name: str) -> _Call:
-    """The call that a delta belongs to, or a new one.
+@dataclass
+class _CallPart:
+    """What a delta says of a tool call."""
 
-    By its index; without one (older Mistral, Gemini, Ollama) by its id, or else the last
-    one unless a name begins another. Ollama, Cerebras and Gemini send whole calls that
-    all have index 0: there a name with a new id is a new call; so is another name without
-    an id after arguments (LiteLLM for Ollama).
+    index: Optional[int]
+    id: str
+    name: str
+    arguments: Any
+    extra: dict[str, Any]
+    is_custom: bool
+
+
+def _read_call_part(data: dict[str, Any]) -> _CallPart:
+    function, custom = data.get("function"), data.get("custom")
+    is_custom = bool(custom) and isinstance(custom, dict) and not function
+    source = _first_dict(custom if is_custom else function)
+    known = ("index", "id", "type", "function", "custom" if is_custom else "")
+    index = data.get("index")
+    return _CallPart(
+        index if type(index) is int else None,
+        _word(data.get("id")),
+        _word(source.get("name")),
+        source.get("input" if is_custom else "arguments"),
+        {
+            name: value
+            for name, value in data.items()
+            if name not in known and value not in (None, "", [], {})
+        },
+        is_custom,
+    )
+
+
+class _Calls:
+    """The tool calls of one choice, and which of them a delta belongs to.
+
+    OpenAI numbers them. Others send no index, or all whole ones with index 0 (Ollama,
+    Cerebras, Gemini), or each fragment under an index of its own (Nebius, ollama.com).
     """
-    calls, by_index = choice.calls, choice.by_index
-    call: _Call | None
-    if type(index) is int:
-        call = by_index.get(index)
-    else:
-        index = None
-        call = next((c for c in calls if id and c.id == id), None)
-        if call is None and calls and not name:
-            call = calls[-1]
-    if call is not None and name and call.name:
-        if id:
-            another = id != call.id
+
+    def __init__(self, choice: int) -> None:
+        self._choice = choice
+        self._calls: list[_Call] = []
+        self._by_index: dict[int, _Call] = {}  # the server's index -> the call
+        self._by_id: dict[str, _Call] = {}
+        self._is_modern = False  # it has had tool_calls
+
+    def at(self, position: int) -> _Call:
+        return self._calls[position]
+
+    def take_halves(self) -> list[Event]:
+        return [event for event in (c.take_half() for c in self._calls) if event]
+
+    def read(self, source: dict[str, Any]) -> list[Event]:
+        """The events of a delta or message."""
+        calls = source.get("tool_calls")
+        legacy = source.get("function_call")
+        if isinstance(calls, dict):  # TGI
+            calls = [calls]
+        if calls and isinstance(calls, list):
+            self._is_modern = True
+        elif isinstance(legacy, dict) and any(legacy.values()) and not self._is_modern:
+            # Before tools there was one function: call 0 (functionary, llama-cpp-python).
+            calls = [{"index": 0, "function": legacy}]
         else:
-            another = call.has_arguments and name != call.name
-        if another:
-            call = None
-    if call is None:
-        call = _Call(len(calls))
-        calls.append(call)
-        if index is not None:
-            by_index[index] = call
-    return call
+            return []
+        events: list[Event] = []
+        for data in calls:
+            if isinstance(data, dict):
+                part = _read_call_part(data)
+                call = self._find(part)
+                event = call.read(part)
+                if call.id:
+                    self._by_id.setdefault(call.id, call)
+                if event is not None:
+                    events.append(event)
+        return events
+
+    def _find(self, part: _CallPart) -> _Call:
+        """The call that a delta belongs to, or a new one."""
+        call = self._look_up(part)
+        if call is None or self._begins_another(call, part):
+            if len(self._calls) >= _MAX_CALLS:
+                raise StreamError(f"expected at most {_MAX_CALLS} tool calls, got more")
+            call = _Call(len(self._calls), self._choice)
+            self._calls.append(call)
+        if part.index is not None:
+            if len(self._by_index) >= _MAX_CALLS and part.index not in self._by_index:
+                del self._by_index[next(iter(self._by_index))]  # the oldest
+            self._by_index[part.index] = call
+        return call
+
+    def _look_up(self, part: _CallPart) -> Optional[_Call]:
+        if part.index in self._by_index:
+            return self._by_index[part.index]
+        if not self._calls:
+            return None
+        if part.index is None and part.id in self._by_id:
+            return self._by_id[part.id]
+        if part.name:
+            return None
+        if part.index is not None and part.id:
+            return self._by_id.get(part.id)
+        return self._calls[-1]
+
+    def _begins_another(self, call: _Call, part: _CallPart) -> bool:
+        """Whether a delta that points to a call with a name is the first of another."""
+        if not (call.name and part.name):
+            return False
+        if part.id and call.id:
+            return part.id != call.id
+        if not call.has_arguments:
+            return False
+        return part.name != call.name or bool(part.arguments and call.is_whole)
 
 
 # --------------------------------------------------------------------------------------
@@ -2324,9 +3740,10 @@ def _find_call(choice: _Choice, index: Any, id: str, name: str) -> _Call:
 # Most chunks are the chunk before with another string in them. Once that is proven for a
 # chunk, those that follow need no JSON parser: data with the same bytes around a valid
 # string literal is the same JSON but for that string, and so gives the same event but for
-# its text. Any chunk that is read in full ends the use of the matcher, so that between
+# its text. Any text that is read in full ends the use of the matcher, so that between
 # learning and matching nothing has changed; and none is learned from a chunk whose second
-# reading would differ from its first.
+# reading would differ from its first. Without all this the answer is the same, and costs
+# four times as much.
 
 #: The data of a chunk -> its event, if it is like the chunk learned from; else None.
 _Matcher = Callable[[bytes], Optional[Event]]
@@ -2338,13 +3755,48 @@ _PATIENCE = 8
 _PADDING = ("obfuscation", "p")
 
 
+def _match_nothing(data: bytes) -> Optional[Event]:
+    return None
+
+
+class _Shortcut:
+    """The matcher in use, and whether it is worth while to learn another one."""
+
+    def __init__(self) -> None:
+        self.match: _Matcher = _match_nothing
+        self._unused = 0  # matchers in a row that never matched
+
+    def forget(self) -> None:
+        self.match = _match_nothing
+
+    def keep_on(self) -> None:
+        """The matcher has matched."""
+        self._unused = 0
+
+    def learn(
+        self,
+        data: bytes,
+        chunk: dict[str, Any],
+        events: list[Event],
+        find_call: Callable[[ToolCallDelta], _Call],
+    ) -> None:
+        """data: the text of a chunk; events: what was made of it."""
+        if len(events) != 1 or self._unused >= _PATIENCE:
+            return
+        event = events[0]
+        try:
+            cut = _cut_around(event, data, chunk)
+            make = _maker_of(event, find_call)
+        except (LookupError, TypeError, AttributeError):  # its text came from elsewhere
+            return
+        if cut is not None:
+            self.match = _make_matcher(*cut, make)
+            self._unused += 1
+
+
 def _is_plain(padding: bytes) -> bool:
     """Letters, digits and _: no escape, so that it is a string literal as it is."""
     return padding.isalnum() or padding.replace(b"_", b"").isalnum()
-
-
-def _match_nothing(data: bytes) -> Event | None:
-    return None
 
 
 def _make_matcher(
@@ -2353,7 +3805,7 @@ def _make_matcher(
     """Match head + string + tail, or head + string + middle + padding + tail."""
     fixed_size = len(head) + len(tail)
 
-    def match(data: bytes) -> Event | None:
+    def match(data: bytes) -> Optional[Event]:
         inner = data.removeprefix(head).removesuffix(tail)
         if len(data) - len(inner) != fixed_size:
             return None
@@ -2365,12 +3817,13 @@ def _make_matcher(
             text = inner.decode()
         except UnicodeDecodeError:
             return None
-        if '"' in text or "\\" in text or not text.isprintable():
+        if '"' in text or "\\" in text:
             # Escapes, or no valid literal at all: let the JSON parser say.
             literal = f'"{text}"'
             try:
                 text, end = _parse_json_at(literal)
-            except ValueError:
+            except ValueError as error:
+                _pass_on(error)
                 return None
             if end != len(literal) or _has_surrogate(text):
                 return None
@@ -2379,36 +3832,48 @@ def _make_matcher(
     return match
 
 
-def _learn(data: bytes, chunk: dict[str, Any], events: list[Event]) -> _Matcher:
-    """Cut `data`, the text of `chunk`, around the string of its only event.
+def _cut_around(
+    event: Event, data: bytes, chunk: dict[str, Any]
+) -> Optional[tuple[bytes, bytes, bytes]]:
+    """-> head, middle and tail of `data` around the string of its event, and around its
+    padding; None where that cannot be proven.
 
-    The cut is proven: with other strings in the holes it must parse to the same JSON but
-    for those strings. Alters `chunk`, which nobody else has.
+    The proof: with other strings in the holes it parses to the same JSON but for those.
+    Raises LookupError and the like if the event's text stands in no known place.
     """
-    if len(events) != 1:
-        return _match_nothing
-    try:
-        holder, key, make = _find_string(events[0], chunk["choices"][0]["delta"])
-    except (LookupError, TypeError, AttributeError):  # its text came from elsewhere
-        return _match_nothing
-    literal = json.dumps(holder[key], ensure_ascii=False)[1:].encode()
+    holder, key = _place_of(event, chunk)
+    text = holder[key]
+    if not text or text != _text_of(event):
+        return None
+    literal = json.dumps(text, ensure_ascii=False)[1:].encode()
     start = _find_literal(data, key)
     if start < 0 or not data.startswith(literal, start):
-        return _match_nothing
+        return None
     head, tail = data[:start], data[start + len(literal) - 1 :]
-    middle, probe = b"", b"probe"
-    holder[key] = "probe"
+    middle, probe, padded = b"", b"probe", ""
     for name in _PADDING:
         start = _find_literal(tail, name) if name in chunk else -1
         end = tail.find(b'"', start)
         if start >= 0 and _is_plain(tail[start:end]):
-            middle, tail = tail[:start], tail[end:]
+            middle, tail, padded = tail[:start], tail[end:], name
             probe += middle + b"probe"
-            chunk[name] = "probe"
             break
-    if _parse_object(head + probe + tail) != chunk:
-        return _match_nothing
-    return _make_matcher(head, middle, tail, make)
+    twins = _parse_values((head + probe + tail).decode("utf-8", "replace"))
+    if not twins or not isinstance(twins[0], dict):
+        return None
+    twin = twins[0]
+    twin_holder, _ = _place_of(event, twin)
+    if twin_holder[key] != "probe" or (padded and twin[padded] != "probe"):
+        return None
+    twin_holder[key] = text
+    if padded:
+        twin[padded] = chunk[padded]
+    return (head, middle, tail) if twins == [chunk] else None
+
+
+def _text_of(event: Any) -> str:
+    text: str = event.arguments if isinstance(event, ToolCallDelta) else event.text
+    return text
 
 
 def _find_literal(data: bytes, key: str) -> int:
@@ -2420,147 +3885,233 @@ def _find_literal(data: bytes, key: str) -> int:
     return -1
 
 
-_CALL_MEMBERS = {"tool_calls", "function_call"}
+def _place_of(event: Event, chunk: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """-> the object that holds the event's text, and the name of its member.
 
-
-def _find_string(
-    event: Event, delta: dict[str, Any]
-) -> tuple[dict[str, Any], str, Callable[[str], Event]]:
-    """-> where in its delta the event's text stands, and how to make such an event.
-
-    Raises LookupError if it stands nowhere.
+    Raises LookupError where a second reading of the chunk might differ from the first.
     """
-    holder = delta
-    if not isinstance(event, ToolCallDelta) and (delta.keys() & _CALL_MEMBERS):
-        raise LookupError
-    if isinstance(event, TextDelta):
-        choice, key, text = event.choice, "content", event.text
-
-        def make(text: str) -> Event:
-            return TextDelta(text, choice)
-
-    elif isinstance(event, ReasoningDelta) and event.extra and len(event.extra) == 1:
-        choice, key, text = event.choice, next(iter(event.extra)), event.text
-
-        def make(text: str) -> Event:
-            return ReasoningDelta(text, choice, {key: text})
-
-    elif isinstance(event, ToolCallDelta) and event.extra is None:
+    choice = chunk["choices"][0]
+    delta = choice["delta"]
+    if _word(choice.get("finish_reason")) or len(chunk["choices"]) > 1:
+        raise LookupError  # more after a reason counts differently
+    has_calls = bool(delta.keys() & {"tool_calls", "function_call"})
+    if isinstance(event, ToolCallDelta):
         call = delta["tool_calls"][0]
-        holder, key, text = call["function"], "arguments", event.arguments
-        choice, index, id, name = event.choice, event.index, event.id, event.name
-        if type(call["index"]) is not int or holder.get("name"):
+        if (
+            event.extra
+            or type(call["index"]) is not int
+            or call["function"].get("name")
+        ):
             raise LookupError  # read twice, it may begin a second call
+        return call["function"], "arguments"
+    if isinstance(event, TextDelta) and not has_calls:
+        return delta, "content"
+    if (
+        isinstance(event, ReasoningDelta)
+        and not has_calls
+        and len(event.extra or ()) == 1
+    ):
+        return delta, next(iter(event.extra or ()))
+    raise LookupError
 
-        def make(text: str) -> Event:
-            return ToolCallDelta(index, id, name, text, None, choice)
 
-    else:
-        raise LookupError
-    if holder[key] != text or not text:
-        raise LookupError
-    return holder, key, make
+def _maker_of(
+    event: Event, find_call: Callable[[ToolCallDelta], _Call]
+) -> Callable[[str], Event]:
+    """-> what makes such an event of another text."""
+    if isinstance(event, ToolCallDelta):
+        return find_call(event).add
+    if isinstance(event, ReasoningDelta):
+        choice, key = event.choice, next(iter(event.extra or ()))
+        return lambda text: ReasoningDelta(text, choice, {key: text})
+    if isinstance(event, TextDelta):
+        index = event.choice
+        return lambda text: TextDelta(text, index)
+    raise LookupError
 
 
 # --------------------------------------------------------------------------------------
-# Events -> messages
+# Bytes from anywhere -> events -> messages
 # --------------------------------------------------------------------------------------
 
 
-class _Draft:
-    """A message being assembled. Text is gathered in StringIOs: in linear time, and in no
-    more memory than the text."""
+def _decode(
+    blocks: Iterator[bytes], strict: bool, raw: bool
+) -> Generator[Event, None, None]:
+    answer = _Answer(strict=strict, raw=raw, one_choice=False)
+    body = _unpack(blocks)
+    cut: Optional[StreamError] = None
+    while not answer.done:
+        try:
+            piece = next(body, None)
+        except StreamError as fault:
+            cut = fault
+            break
+        if piece is None:
+            break
+        yield from answer.feed(piece)
+    yield from answer.end(cut)
+
+
+def _unpack(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    unpacking = _Unpacking("")
+    for block in blocks:
+        if not isinstance(block, (bytes, bytearray, memoryview)):
+            kind = type(block).__name__
+            raise TypeError(
+                f"blocks: expected an iterable of bytes, got a {kind} in it"
+            )
+        yield from unpacking.feed(bytes(block))
+    yield from unpacking.end()
+    if unpacking.unfinished:
+        raise _cut("its compressed data is incomplete")
+
+
+class _Assembly:
+    """A message being put together. Text is gathered in StringIOs: in linear time, and in
+    no more memory than the text."""
 
     def __init__(self, choice: int) -> None:
-        self.choice = choice
-        self.content = io.StringIO(newline="")
-        self.reasoning = io.StringIO(newline="")
-        self.refusal = io.StringIO(newline="")
-        self.extra: dict[str, Any] = {}
-        self.calls: dict[int, ToolCall] = {}
-        self.arguments: dict[int, io.StringIO] = {}
+        self._choice = choice
+        self._content = io.StringIO(newline="")
+        self._reasoning = io.StringIO(newline="")
+        self._refusal = io.StringIO(newline="")
+        self._extra: dict[str, Any] = {}
+        self._calls: dict[int, ToolCall] = {}
+        self._arguments: dict[int, list[str]] = {}
 
-    def add_extra(self, extra: dict[str, Any]) -> None:
-        for name, value in extra.items():
-            known = self.extra.get(name)
-            if isinstance(value, str):
-                if not isinstance(known, io.StringIO):
-                    known = self.extra[name] = io.StringIO(newline="")
-                known.write(value)
-            elif isinstance(value, list) and isinstance(known, list):
-                known += value
-            else:  # a member that changes its type: the last one stands
-                self.extra[name] = list(value) if isinstance(value, list) else value
+    def add(self, event: Event) -> None:
+        if isinstance(event, TextDelta):
+            self._content.write(event.text)
+        elif isinstance(event, ReasoningDelta):
+            self._reasoning.write(event.text)
+            for name, value in (event.extra or {}).items():
+                self._add_extra(name, value)
+        elif isinstance(event, RefusalDelta):
+            self._refusal.write(event.text)
+        elif isinstance(event, ToolCallDelta):
+            self._add_call(event)
 
-    def add_call(self, delta: ToolCallDelta) -> None:
-        call = self.calls.get(delta.index)
+    def _add_extra(self, name: str, value: Any) -> None:
+        known = self._extra.get(name)
+        if isinstance(value, str):
+            if not isinstance(known, io.StringIO):
+                known = self._extra[name] = io.StringIO(newline="")
+            known.write(value)
+        elif isinstance(value, list) and isinstance(known, list):
+            known += _copied(value)
+        else:  # a member that changes its type: the last one stands
+            self._extra[name] = _copied(value)
+
+    def _add_call(self, delta: ToolCallDelta) -> None:
+        call = self._calls.get(delta.index)
         if call is None:
-            call = self.calls[delta.index] = ToolCall("", "", "")
-            self.arguments[delta.index] = io.StringIO(newline="")
+            call = self._calls[delta.index] = ToolCall("", "", "")
+            self._arguments[delta.index] = []
         call.id = delta.id or call.id
         call.name = delta.name or call.name
+        call.type = delta.type
         if delta.extra:
-            call.extra.update(delta.extra)
-        self.arguments[delta.index].write(delta.arguments)
+            call.extra.update(_copied(delta.extra))
+        if delta.arguments:
+            self._arguments[delta.index].append(delta.arguments)
 
-    def finish(self, finish_reason: str | None) -> Message:
-        calls = []
-        taken = {""}
-        for index, call in sorted(self.calls.items()):
-            call.arguments = self.arguments[index].getvalue()
-            if call.name or call.arguments:
-                while call.id in taken:  # none sent (NIM), or another call's (DeepSeek)
-                    call.id = f"call_{os.urandom(12).hex()}"
-                taken.add(call.id)
-                calls.append(call)
+    def finish(self, finish_reason: Optional[str]) -> Message:
         return Message(
-            content=self.content.getvalue(),
-            reasoning=self.reasoning.getvalue(),
-            refusal=self.refusal.getvalue(),
-            tool_calls=tuple(calls),
+            content=self._content.getvalue(),
+            reasoning=self._reasoning.getvalue(),
+            refusal=self._refusal.getvalue(),
+            tool_calls=tuple(self._finish_calls()),
             finish_reason=finish_reason,
-            choice=self.choice,
+            choice=self._choice,
             extra={
                 name: _replace_surrogates(value.getvalue())
                 if isinstance(value, io.StringIO)
                 else value
-                for name, value in self.extra.items()
+                for name, value in self._extra.items()
             },
         )
 
+    def _finish_calls(self) -> Iterator[ToolCall]:
+        """In order, each once, and each with an id of its own."""
+        taken = {""}
+        seen = set()
+        for index, call in sorted(self._calls.items(), key=lambda item: item[0]):
+            call.arguments = _join_arguments(self._arguments[index])
+            same = (call.id, call.name, call.arguments)
+            if not (call.name or call.arguments) or (call.id and same in seen):
+                continue  # nothing, or sent again under another index (new-api, LocalAI)
+            seen.add(same)
+            while call.id in taken:  # none sent (NIM), or another call's (DeepSeek)
+                call.id = f"call_{os.urandom(12).hex()}"
+            taken.add(call.id)
+            yield call
+
+
+def _copied(value: Any) -> Any:
+    """So that what the caller does to an event changes no message."""
+    try:
+        return copy.deepcopy(value)
+    except RecursionError:
+        return value
+
+
+def _join_arguments(pieces: list[str]) -> str:
+    """A tool call's arguments; once, where the server sent them more than once.
+
+    Only what is no JSON as it came is put right, and only if that makes JSON of it.
+    """
+    whole = "".join(pieces)
+    if len(pieces) < 2 or _is_json(whole):
+        return whole
+    first, last = pieces[0], pieces[-1]
+    behind, before = "".join(pieces[1:]), "".join(pieces[:-1])
+    candidates = []
+    if first.strip() == "{}":  # Claude on Bedrock and Vertex behind gateways
+        candidates.append(behind)
+    grows = all(b.startswith(a) for a, b in zip(pieces, pieces[1:]))
+    if grows or last.startswith(before):  # DeepSeek on Qianfan; vLLM's xlam
+        candidates.append(last)
+    if first.startswith(behind):  # opencodex
+        candidates.append(first)
+    return next((text for text in candidates if _is_json(text)), whole)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, strict=False)
+    except (ValueError, RecursionError) as error:
+        _pass_on(error)
+        return False
+    return True
+
 
 def _aggregate(events: Iterator[Event], deltas: bool) -> Generator[Event, None, None]:
-    """The first event is a dummy, which aggregate() takes: a generator that was never
-    started runs no `finally`, and `events` is to be closed in any case."""
-    drafts: dict[int, _Draft] = {}
-
-    def draft(choice: int) -> _Draft:
-        if choice not in drafts:
-            drafts[choice] = _Draft(choice)
-        return drafts[choice]
+    messages: dict[int, _Assembly] = {}
 
     def finish(reasons: Mapping[int, str]) -> list[Message]:
-        messages = [drafts[c].finish(reasons.get(c)) for c in sorted(drafts)]
-        drafts.clear()
+        made = [messages[c].finish(reasons.get(c)) for c in sorted(messages)]
+        messages.clear()
         return [
-            m for m in messages if m.content or m.reasoning or m.refusal or m.tool_calls
+            m for m in made if m.content or m.reasoning or m.refusal or m.tool_calls
         ]
 
     try:
-        yield Completed()  # the dummy
         for event in events:
-            if isinstance(event, TextDelta):
-                draft(event.choice).content.write(event.text)
-            elif isinstance(event, ReasoningDelta):
-                draft(event.choice).reasoning.write(event.text)
-                if event.extra:
-                    draft(event.choice).add_extra(event.extra)
-            elif isinstance(event, RefusalDelta):
-                draft(event.choice).refusal.write(event.text)
-            elif isinstance(event, ToolCallDelta):
-                draft(event.choice).add_call(event)
+            if isinstance(
+                event, (TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta)
+            ):
+                if event.choice not in messages:
+                    messages[event.choice] = _Assembly(event.choice)
+                messages[event.choice].add(event)
             elif isinstance(event, Completed):
                 yield from finish(event.finish_reasons)
+            elif not isinstance(event, (Chunk, Message)):
+                kind = f"{type(event).__module__}.{type(event).__qualname__}"
+                raise TypeError(
+                    f"events: expected events of this {__name__}, got a {kind} of "
+                    f"another module: {event!r:.200}"
+                )
             if deltas or isinstance(event, (Completed, Message)):
                 yield event
         yield from finish({})
@@ -2690,8 +4241,6 @@ def _show_text(events: Iterable[Event]) -> int:
 
 
 def _show_json(events: Iterable[Event]) -> int:
-    from dataclasses import asdict
-
     finish_reason = None
     for event in events:
         print(json.dumps({"event": type(event).__name__, **asdict(event)}), flush=True)
