@@ -1705,6 +1705,7 @@ class _Framing:
         self._left = length or 0  # bytes of the body, or of the chunk, that are to come
         self._in_chunk = False
         self._in_trailers = False
+        self._sizes: dict[bytes, int] = {}  # of short size lines that were read before
         self._unread = b""  # a line, or the end of a chunk, that is not whole yet
         self._trailers = 0  # their bytes so far
 
@@ -1744,6 +1745,8 @@ class _Framing:
         pieces: list[bytes] = []
         at = 0
         while not self.fault and not self.ended:
+            if not (self._in_chunk or self._in_trailers):
+                at = self._take_whole_chunks(block, at, pieces)
             if self._in_chunk:
                 end = at + self._left
                 if block[end : end + 2] == b"\r\n":  # nearly always
@@ -1773,6 +1776,23 @@ class _Framing:
                 self._read_size(line)
         return b"".join(pieces)
 
+    def _take_whole_chunks(self, block: bytes, at: int, pieces: list[bytes]) -> int:
+        """Those that lie whole in a block, as long as their size lines are known ones.
+
+        -> where the first one begins of which that is not so.
+        """
+        find, sizes = block.find, self._sizes
+        while True:
+            start = find(b"\n", at) + 1
+            size = sizes.get(block[at:start])
+            if size is None:
+                return at
+            end = start + size
+            if block[end : end + 2] != b"\r\n":
+                return at
+            pieces.append(block[start:end])
+            at = end + 2
+
     def _read_size(self, line: bytes) -> None:
         """RFC 9112, 7.1: hexadecimal digits; blanks and extensions may follow."""
         digits = line.partition(b";")[0].strip(b" \t\r")
@@ -1780,6 +1800,8 @@ class _Framing:
             self.fault = f"expected a chunk size, got {line[:40]!r}"
             return
         self._left = int(digits, 16)
+        if self._left and len(line) < 8 and len(self._sizes) < 4096:
+            self._sizes[line + b"\n"] = self._left
         self._in_chunk = self._left > 0
         self._in_trailers = not self._left
 
@@ -1995,7 +2017,7 @@ class _Reply:
         else:
             file = response
             self.framing = _Framing()
-        self._read1: Any = getattr(file, "read1", None) or file.read
+        self._read1: Any = getattr(file, "read1", None) or response.read
         raw = getattr(file, "raw", None)
         self._sock = getattr(raw, "_sock", None)
         self._clock = clock
@@ -2841,35 +2863,50 @@ def _title(text: str) -> str:
 # --------------------------------------------------------------------------------------
 
 
-class _Lines:
-    """Lines end in LF, CRLF or CR (WHATWG SSE, 9.2.5), and in nothing else.
-
-    A line is searched for its end only where it is new, and joined once: a large event
-    in small reads stays linear.
-    """
+class _LineEnds:
+    """Lines end in LF, CRLF or CR (WHATWG SSE, 9.2.5), and in nothing else. Behind this
+    they end in LF."""
 
     def __init__(self) -> None:
-        self._unfinished: list[bytes] = []  # pieces of the last line
-        self._size = 0  # of them together
+        self._start: Optional[bytes] = b""  # until a BOM is told from other bytes
         self._after_cr = False
-        self._bom = _BOM  # of the first line only
 
-    def feed(self, block: bytes) -> list[bytes]:
-        """-> the lines that have ended in a block, without their ends."""
+    def feed(self, block: bytes) -> bytes:
+        if self._start is not None:
+            block = self._start + block
+            if len(block) < len(_BOM) and _BOM.startswith(block):
+                self._start = block
+                return b""
+            self._start = None
+            block = block.removeprefix(_BOM)
         if self._after_cr or b"\r" in block:
             if self._after_cr and block.startswith(b"\n"):
                 block = block[1:]
             self._after_cr = block.endswith(b"\r")
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        return block
+
+    def end(self) -> bytes:
+        """-> what was no BOM after all."""
+        start, self._start = self._start or b"", None
+        return b"" if start == _BOM else start
+
+
+class _Lines:
+    """Splits at LF. A line is searched for its end only where it is new, and joined once:
+    a large event in small reads stays linear."""
+
+    def __init__(self) -> None:
+        self._unfinished: list[bytes] = []  # pieces of the last line
+        self._size = 0  # of them together
+
+    def feed(self, block: bytes) -> list[bytes]:
+        """-> the lines that have ended in a block, without their ends."""
         lines = block.split(b"\n")
         last = lines.pop()
-        if lines:
-            if self._unfinished:
-                self._unfinished.append(lines[0])
-                lines[0] = self._join()
-            if self._bom:
-                lines[0] = lines[0].removeprefix(self._bom)
-                self._bom = b""
+        if lines and self._unfinished:
+            self._unfinished.append(lines[0])
+            lines[0] = self._join()
         if last:
             self._size += len(last)
             _check_size(self._size)
@@ -2878,7 +2915,7 @@ class _Lines:
 
     def end(self) -> list[bytes]:
         """-> the last line, if it has no end."""
-        return [self._join().removeprefix(self._bom)] if self._unfinished else []
+        return [self._join()] if self._unfinished else []
 
     def _join(self) -> bytes:
         line = b"".join(self._unfinished)
@@ -2911,39 +2948,28 @@ class _SSE:
     """
 
     def __init__(self) -> None:
-        self._lines = _Lines()
         self._kind = _DATA  # of the event that is being read
         self._data: list[bytes] = []  # its lines, without `data:`
         self._bare: list[bytes] = []  # lines of JSON that stands there without `data:`
         self._brackets = _Brackets()  # of that JSON
         self._size = 0  # of the lines in either
 
-    def feed(self, block: bytes) -> Iterator[tuple[str, bytes]]:
-        return self._read(self._lines.feed(block))
+    @property
+    def is_idle(self) -> bool:
+        """Whether the next line may begin an event, and nothing else."""
+        return not self._data and not self._bare and self._kind is _DATA
 
-    def end(self) -> Iterator[tuple[str, bytes]]:
-        """What has begun and has no end yet."""
-        yield from self._read(self._lines.end())
-        yield from self._take()
-
-    def _read(self, lines: list[bytes]) -> Iterator[tuple[str, bytes]]:
-        data = self._data
+    def feed(self, lines: list[bytes]) -> Iterator[tuple[str, bytes]]:
         for line in lines:
             if not line:
-                if len(data) == 1:  # as below, but faster: nearly all are like this
-                    yield self._kind, data.pop()
-                elif data or self._bare:
-                    yield from self._take()
+                yield from self.end()
                 self._kind = _DATA
-            elif line.startswith(b"data: {") and not data and not self._bare:
-                data.append(line[6:])
-                self._size = len(line)
             elif line.startswith(b"data:"):
                 yield from self._read_data(line)
             else:
                 yield from self._read_other(line)
 
-    def _take(self) -> Iterator[tuple[str, bytes]]:
+    def end(self) -> Iterator[tuple[str, bytes]]:
         """The event, or the bare JSON, that has been read."""
         if self._data:
             text = b"\n".join(self._data)
@@ -2965,7 +2991,7 @@ class _SSE:
         while value.startswith(b"data:"):  # frameworks that add a prefix of their own
             value = value[5:].removeprefix(b" ")
         if self._bare or value.strip() in _DONE_TEXTS:
-            yield from self._take()
+            yield from self.end()
         if value.strip() in _DONE_TEXTS:
             yield _DONE, b""
         else:
@@ -2979,24 +3005,24 @@ class _SSE:
             return  # a comment
         if name in (b"event", b"id", b"retry", b"data"):
             if self._bare:
-                yield from self._take()
+                yield from self.end()
             if name == b"event":
                 self._kind = self._find_kind(value.strip())
             elif name == b"data":  # without a colon: empty (WHATWG SSE, 9.2.6)
                 self._add(self._data, b"")
         elif name.lower() == b"error":  # a field of llama.cpp's and gpustack's
-            yield from self._take()
+            yield from self.end()
             yield _ERROR, value
         elif self._bare or start in (b"{", b"["):
             if self._data or line.strip() in _DONE_TEXTS:
-                yield from self._take()
+                yield from self.end()
             if line.strip() in _DONE_TEXTS:
                 yield _DONE, b""
                 return
             self._add(self._bare, line)
             self._brackets.feed(line.decode("latin-1"))
             if self._brackets.are_closed:
-                yield from self._take()
+                yield from self.end()
         else:
             yield _ASIDE, line
 
@@ -3116,6 +3142,8 @@ class _Answer:
         self._headers = headers or {}
         self._hide = hide  # for what is quoted
 
+        self._line_ends = _LineEnds()
+        self._lines = _Lines()
         self._sse = _SSE()
         self._shortcut = _Shortcut()
         self._response_id = ""
@@ -3133,19 +3161,36 @@ class _Answer:
 
     def feed(self, block: bytes) -> Iterator[Event]:
         """The events in the next bytes. Raises StreamError, after those before it."""
+        lines = self._lines.feed(self._line_ends.feed(block))
+        start = 0
+        if not self._sse.is_idle:
+            start = lines.index(b"") + 1 if b"" in lines else len(lines)
+            yield from self._feed_lines(lines[:start])
+        # Nearly always it goes on with events of one line each, and blank lines between.
+        end = start + (len(lines) - start) // 2 * 2
+        if any(lines[start + 1 : end : 2]):
+            end = start
         match, hits = self._shortcut.match, 0
-        for kind, data in self._sse.feed(block):
-            event = match(data) if kind is _DATA else None
+        for text in lines[start:end:2]:
+            event = match(text)
             if event is not None:
                 hits += 1
                 yield event
                 continue
             self._count_hits(hits)
-            yield from self._read(kind, data)
+            yield from self._feed_lines([text, b""])
             if self.done:
                 return
             match, hits = self._shortcut.match, 0
         self._count_hits(hits)
+        if end < len(lines) and not self.done:
+            yield from self._feed_lines(lines[end:])
+
+    def _feed_lines(self, lines: list[bytes]) -> Iterator[Event]:
+        for kind, data in self._sse.feed(lines):
+            yield from self._read(kind, data, source=lines[0])
+            if self.done:
+                return
 
     def _count_hits(self, hits: int) -> None:
         """So many events were the shortcut's."""
@@ -3159,6 +3204,8 @@ class _Answer:
         cut: why no more bytes come; None: the body ended properly, or [DONE] came.
         """
         if not self.done:
+            yield from self.feed(self._line_ends.end())
+            yield from self._feed_lines(self._lines.end())
             for kind, data in self._sse.end():
                 yield from self._read(kind, data, is_cut=cut is not None)
         yield from self._give(self._take_halves())
@@ -3207,8 +3254,13 @@ class _Answer:
 
     # Texts
 
-    def _read(self, kind: str, data: bytes, is_cut: bool = False) -> Iterator[Event]:
-        """The events of an SSE event, or of what stands in its place."""
+    def _read(
+        self, kind: str, data: bytes, *, source: bytes = b"", is_cut: bool = False
+    ) -> Iterator[Event]:
+        """The events of an SSE event, or of what stands in its place.
+
+        source: the first line that it may have been made of.
+        """
         if kind is _DONE:
             self.done = True
             return
@@ -3219,8 +3271,8 @@ class _Answer:
         values = _parse_values(text)
         self._shortcut.forget()
         if values is not None:
-            alone = kind is _DATA and len(values) == 1 and not self._raw
-            source = data if alone else None
+            is_alone = kind is _DATA and len(values) == 1 and source == b"data: " + data
+            source = source if is_alone and not self._raw else b""
             yield from self._read_values(kind, text, values, source)
         elif "\n" in text:
             yield from self._read_lines(kind, text, is_cut)
@@ -3242,9 +3294,9 @@ class _Answer:
                 yield from self._read_unreadable(kind, line, last)
 
     def _read_values(
-        self, kind: str, text: str, values: list[Any], source: Optional[bytes] = None
+        self, kind: str, text: str, values: list[Any], source: bytes = b""
     ) -> Iterator[Event]:
-        """source: the bytes, if they are one data line with one value."""
+        """source: the line, if it is the whole SSE event, and one value."""
         chunks = _objects_in(values)
         # For Chunk a second reading, so that nothing in it is a part of an event.
         twins = _objects_in(_parse_values(text) or []) if self._raw else chunks
@@ -3253,7 +3305,7 @@ class _Answer:
                 yield from self._read_unreadable(kind, _dump(chunk), False)
                 continue
             events = self._read_chunk(kind, chunk)
-            if source is not None:
+            if source:
                 self._shortcut.learn(source, chunk, events, self._find_call)
             if self._raw:
                 yield from self._give([Chunk(twin)])
@@ -3745,7 +3797,7 @@ class _Calls:
 # reading would differ from its first. Without all this the answer is the same, and costs
 # four times as much.
 
-#: The data of a chunk -> its event, if it is like the chunk learned from; else None.
+#: An SSE event -> our event, if it is like the one learned from; else None.
 _Matcher = Callable[[bytes], Optional[Event]]
 
 #: After so many matchers in a row that never matched, no more are learned.
@@ -3755,7 +3807,7 @@ _PATIENCE = 8
 _PADDING = ("obfuscation", "p")
 
 
-def _match_nothing(data: bytes) -> Optional[Event]:
+def _match_nothing(source: bytes) -> Optional[Event]:
     return None
 
 
@@ -3775,17 +3827,17 @@ class _Shortcut:
 
     def learn(
         self,
-        data: bytes,
+        source: bytes,
         chunk: dict[str, Any],
         events: list[Event],
         find_call: Callable[[ToolCallDelta], _Call],
     ) -> None:
-        """data: the text of a chunk; events: what was made of it."""
+        """source: one line, `data:` and a chunk; events: what was made of it."""
         if len(events) != 1 or self._unused >= _PATIENCE:
             return
         event = events[0]
         try:
-            cut = _cut_around(event, data, chunk)
+            cut = _cut_around(event, source, chunk)
             make = _maker_of(event, find_call)
         except (LookupError, TypeError, AttributeError):  # its text came from elsewhere
             return
@@ -3805,9 +3857,9 @@ def _make_matcher(
     """Match head + string + tail, or head + string + middle + padding + tail."""
     fixed_size = len(head) + len(tail)
 
-    def match(data: bytes) -> Optional[Event]:
-        inner = data.removeprefix(head).removesuffix(tail)
-        if len(data) - len(inner) != fixed_size:
+    def match(source: bytes) -> Optional[Event]:
+        inner = source.removeprefix(head).removesuffix(tail)
+        if len(source) - len(inner) != fixed_size:
             return None
         if middle:
             inner, _, padding = inner.partition(middle)
@@ -3818,24 +3870,28 @@ def _make_matcher(
         except UnicodeDecodeError:
             return None
         if '"' in text or "\\" in text:
-            # Escapes, or no valid literal at all: let the JSON parser say.
-            literal = f'"{text}"'
-            try:
-                text, end = _parse_json_at(literal)
-            except ValueError as error:
-                _pass_on(error)
-                return None
-            if end != len(literal) or _has_surrogate(text):
-                return None
+            text = _read_literal(text)
         return make(text) if text else None
 
     return match
 
 
+def _read_literal(inner: str) -> str:
+    """-> what a JSON string says that has this between its quotes; "" if that is none, or
+    something else is wrong with it."""
+    literal = f'"{inner}"'
+    try:
+        text, end = _parse_json_at(literal)
+    except ValueError as error:
+        _pass_on(error)
+        return ""
+    return text if end == len(literal) and not _has_surrogate(text) else ""
+
+
 def _cut_around(
-    event: Event, data: bytes, chunk: dict[str, Any]
+    event: Event, source: bytes, chunk: dict[str, Any]
 ) -> Optional[tuple[bytes, bytes, bytes]]:
-    """-> head, middle and tail of `data` around the string of its event, and around its
+    """-> head, middle and tail of `source` around the string of its event, and around its
     padding; None where that cannot be proven.
 
     The proof: with other strings in the holes it parses to the same JSON but for those.
@@ -3846,10 +3902,10 @@ def _cut_around(
     if not text or text != _text_of(event):
         return None
     literal = json.dumps(text, ensure_ascii=False)[1:].encode()
-    start = _find_literal(data, key)
-    if start < 0 or not data.startswith(literal, start):
+    start = _find_literal(source, key)
+    if start < 0 or not source.startswith(literal, start):
         return None
-    head, tail = data[:start], data[start + len(literal) - 1 :]
+    head, tail = source[:start], source[start + len(literal) - 1 :]
     middle, probe, padded = b"", b"probe", ""
     for name in _PADDING:
         start = _find_literal(tail, name) if name in chunk else -1
@@ -3858,7 +3914,8 @@ def _cut_around(
             middle, tail, padded = tail[:start], tail[end:], name
             probe += middle + b"probe"
             break
-    twins = _parse_values((head + probe + tail).decode("utf-8", "replace"))
+    twin_text = (head + probe + tail)[len(b"data:") :]
+    twins = _parse_values(twin_text.decode("utf-8", "replace"))
     if not twins or not isinstance(twins[0], dict):
         return None
     twin = twins[0]
@@ -3926,7 +3983,7 @@ def _maker_of(
         return lambda text: ReasoningDelta(text, choice, {key: text})
     if isinstance(event, TextDelta):
         index = event.choice
-        return lambda text: TextDelta(text, index)
+        return (lambda text: TextDelta(text, index)) if index else TextDelta
     raise LookupError
 
 
