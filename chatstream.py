@@ -4186,7 +4186,7 @@ def _aggregate(events: Iterator[Event], deltas: bool) -> Generator[Event, None, 
 # --------------------------------------------------------------------------------------
 
 
-def _parse_args(argv: list[str] | None) -> Any:
+def _parse_args(argv: Optional[list[str]]) -> Any:
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -4196,19 +4196,27 @@ def _parse_args(argv: list[str] | None) -> Any:
 examples:
   chatstream --demo "hello"                     a real answer, with no key and no network
   chatstream -m gpt-4o-mini "Why is the sky blue?"
-  chatstream -p ollama -m llama3.2 < question.txt
+  chatstream -p ollama -m llama3.2 "Summarize this." < article.txt
 
 exit status: 0 done; 1 an error; 2 a wrong argument; 3 the answer ended early
 (no finish_reason, length, content_filter); 130 interrupted""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("prompt", nargs="*", metavar="PROMPT", help="none, or -: standard input")
+    add("words", nargs="*", metavar="PROMPT", help="its words; -: standard input")
     add("-m", "--model", help="default: the environment variable CHATSTREAM_MODEL")
     add("-p", "--provider", help=f"one of {', '.join(PROVIDERS)}")
     add("-u", "--base-url", help="another server, such as http://localhost:8080/v1")
     add("--key-env", metavar="NAME", help="environment variable that holds the API key")
-    add("-i", "--instructions", help="a leading system message")
+    add("-i", "-s", "--instructions", help="a leading system message")
+    add(
+        *("-o", "--option"),
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a member of the request's body, as JSON or else as text",
+    )
+    add("--usage", action="store_true", help="print the tokens used, on stderr")
     add("--json", action="store_true", help="one JSON object per event and line")
     add(
         "--demo", action="store_true", help="answer from a small server in this process"
@@ -4220,103 +4228,244 @@ exit status: 0 done; 1 an error; 2 a wrong argument; 3 the answer ended early
         parser.error("no model: give -m MODEL or set CHATSTREAM_MODEL")
     if args.key_env and not os.environ.get(args.key_env):
         parser.error(f"--key-env: the environment variable {args.key_env} is not set")
+    args.body = {"stream_options": {"include_usage": True}} if args.usage else {}
+    for option in args.option:
+        name, equals, value = option.partition("=")
+        if not name or not equals:
+            parser.error(f"-o: expected NAME=VALUE, got {option!r}")
+        try:
+            args.body[name] = json.loads(value)
+        except ValueError:
+            args.body[name] = value
     return args
 
 
-def _main(argv: list[str] | None = None) -> int:
+class _Screen:
+    """Text goes to stdout as it comes, all else to stderr, on lines of its own.
+
+    Both may be one terminal, so a line that one has begun is ended before the other
+    writes; always on stderr, because what is on stdout is the answer alone.
+    """
+
+    def __init__(self) -> None:
+        self._is_open = False  # stdout's line
+        self._has_note = False  # stderr's line is open
+        self._dim = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+
+    def write(self, text: str) -> None:
+        """A piece of the answer."""
+        self._end_note()
+        print(text, end="", flush=True)
+        self._is_open = not text.endswith("\n")
+
+    def note(self, text: str) -> None:
+        """A piece of what is beside the answer."""
+        if text:
+            if self._is_open and not self._has_note:
+                print(file=sys.stderr)
+            start, end = self._dim
+            print(f"{start}{text}{end}", end="", file=sys.stderr, flush=True)
+            self._has_note = not text.endswith("\n")
+
+    def line(self, text: str) -> None:
+        self._end_note()
+        if self._is_open:
+            print(file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """The answer is over: its last line ends, too."""
+        self._end_note()
+        if self._is_open:
+            self._is_open = False
+            print(flush=True)
+
+    def _end_note(self) -> None:
+        if self._has_note:
+            self._has_note = False
+            print(file=sys.stderr, flush=True)
+
+
+class _ScreenHandler(logging.Handler):
+    """Shows the warnings of a call."""
+
+    def __init__(self, screen: _Screen) -> None:
+        super().__init__(logging.WARNING)
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen.line(f"chatstream: {record.getMessage()}")
+
+
+def _main(argv: Optional[list[str]] = None) -> int:
     """The command `chatstream`. -> exit status."""
     if sys.stderr is None:  # closed by the shell (2>&-)
         sys.stderr = io.StringIO()
     for output in (sys.stdout, sys.stderr):  # an ASCII terminal must not end the answer
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")
+    screen = _Screen()
+    handler = _ScreenHandler(screen)
+    _log.addHandler(handler)
     try:
-        return _answer_command(_parse_args(argv))
+        return _answer_command(_parse_args(argv), screen)
     except KeyboardInterrupt:
+        with suppress(OSError):
+            screen.end()
         return 130
     except BrokenPipeError:
         # The reader has enough (`| head -1`). Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        _log.removeHandler(handler)
 
 
-def _answer_command(args: Any) -> int:
-    prompt = " ".join(  # UTF-8 whatever the locale
-        os.fsencode(word).decode("utf-8", "replace") for word in args.prompt
-    )
-    if prompt in ("", "-"):
-        read = sys.stdin.buffer.read() if sys.stdin else b""
-        prompt = read.decode("utf-8", "replace").rstrip("\r\n")
+def _answer_command(args: Any, screen: _Screen) -> int:
     if args.demo:
-        os.environ["no_proxy"] = "*"
         args.base_url, args.provider = _serve_demo(), None
     try:
         events = stream(
-            prompt,
+            _read_prompt(args, screen),
             model=args.model or "demo",
             instructions=args.instructions,
             provider=args.provider,
             base_url=args.base_url,
             api_key=os.environ[args.key_env] if args.key_env else None,
+            extra_body=args.body,
         )
-        return _show_json(events) if args.json else _show_text(events)
+        show = _show_json if args.json else _show_text
+        completed = show(events, screen)
     except ChatStreamError as error:
+        screen.end()
         if args.json:
-            shown = {
-                "event": "error",
-                "type": type(error).__name__,
-                "message": str(error),
-            }
-            print(json.dumps(shown), flush=True)
-        print(f"chatstream: {error}", file=sys.stderr)
+            print(json.dumps(_error_to_dict(error)), flush=True)
+        screen.line(f"chatstream: {_name_options(str(error))}")
         return 1
     except (ValueError, TypeError) as error:
-        print(f"chatstream: {error}", file=sys.stderr)
+        screen.line(f"chatstream: {_name_options(str(error))}")
         return 2
+    screen.end()
+    if args.usage:
+        screen.line(f"chatstream: {_describe_usage(completed.usage)}")
+    if completed.finish_reason not in (None, "length", "content_filter"):
+        return 0
+    why = completed.finish_reason or "no finish_reason"
+    screen.line(f"chatstream: the answer ended early ({why})")
+    return 3
 
 
-def _show_text(events: Iterable[Event]) -> int:
-    dim, normal = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-    last = "\n"  # what stdout ends with
-    finish_reason = None
+def _read_prompt(args: Any, screen: _Screen) -> str:
+    """The words; standard input in the place of a word -, before them, or without them."""
+    # UTF-8 whatever the locale.
+    words = [os.fsencode(word).decode("utf-8", "replace") for word in args.words]
+    if args.demo:
+        return " ".join(words) or "hello"
+    if "-" in words:
+        text = _read_input(screen)
+        return " ".join(text if word == "-" else word for word in words)
+    if not words:
+        return _read_input(screen)
+    text = _read_input(screen) if _has_piped_input() else ""
+    return "\n\n".join(part for part in (text, " ".join(words)) if part)
+
+
+def _has_piped_input() -> bool:
+    import stat
+
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or not a file at all
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _read_input(screen: _Screen) -> str:
+    if sys.stdin is None:
+        return ""
+    notice = "chatstream: waiting for the prompt on standard input (Ctrl-D ends it)"
+    timer = threading.Timer(1.0, screen.line, [notice])
+    timer.daemon = True
+    timer.start()
+    try:
+        return sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\r\n")
+    finally:
+        timer.cancel()
+
+
+def _show_text(events: Iterable[Event], screen: _Screen) -> Completed:
+    completed = Completed()
     for event in aggregate(events, deltas=True):
-        if isinstance(event, TextDelta):
-            last = event.text
-            print(last, end="", flush=True)
+        if isinstance(event, TextDelta) and event.choice == 0:
+            screen.write(event.text)
         elif isinstance(event, (ReasoningDelta, RefusalDelta)):
-            print(f"{dim}{event.text}{normal}", end="", file=sys.stderr, flush=True)
+            screen.note(event.text)
         elif isinstance(event, Message):
-            if event.reasoning or event.refusal:
-                print(file=sys.stderr)
+            if event.choice and event.content:  # after -o n=2, one below the other
+                screen.end()
+                screen.write(f"\n{event.content}")
             for call in event.tool_calls:
-                print(f"tool call: {call.name}({call.arguments})", file=sys.stderr)
+                screen.line(f"tool call: {call.name}({call.arguments})")
         elif isinstance(event, Completed):
-            finish_reason = event.finish_reason
-    if not last.endswith("\n"):
-        print(flush=True)
-    return _exit_status(finish_reason)
+            completed = event
+    return completed
 
 
-def _show_json(events: Iterable[Event]) -> int:
-    finish_reason = None
+def _show_json(events: Iterable[Event], screen: _Screen) -> Completed:
+    completed = Completed()
     for event in events:
         print(json.dumps({"event": type(event).__name__, **asdict(event)}), flush=True)
         if isinstance(event, Completed):
-            finish_reason = event.finish_reason
-    return _exit_status(finish_reason)
+            completed = event
+    return completed
 
 
-def _exit_status(finish_reason: str | None) -> int:
-    if finish_reason not in (None, "length", "content_filter"):
-        return 0
-    why = finish_reason or "no finish_reason"
-    print(f"chatstream: the answer ended early ({why})", file=sys.stderr)
-    return 3
+def _error_to_dict(error: ChatStreamError) -> dict[str, Any]:
+    fields = {**vars(error), "partial": [asdict(m) for m in error.partial]}
+    named = {"event": "error", "type": type(error).__name__, "message": str(error)}
+    return {**named, **fields, **named}
+
+
+#: What a text calls it -> what it is on the command line.
+_OPTION_NAMES = {
+    "pass api_key=": "give --key-env NAME",
+    "the base URL has no path": "the base URL (-u) has no path",
+    "base_url: ": "-u: base_url: ",
+    "provider: ": "-p: provider: ",
+    "model: ": "-m: model: ",
+    "messages: empty": "PROMPT: empty",
+    "stream: ": "-o: stream: ",
+}
+
+
+def _name_options(text: str) -> str:
+    for name, option in _OPTION_NAMES.items():
+        if name.endswith(": ") and not text.startswith(name):
+            continue
+        text = text.replace(name, option, 1)
+    return text
+
+
+def _describe_usage(usage: Optional[Usage]) -> str:
+    if usage is None:
+        return "the server sent no usage"
+    text = (
+        f"{usage.prompt_tokens} prompt + {usage.completion_tokens} completion = "
+        f"{usage.total_tokens} tokens"
+    )
+    if usage.cached_tokens:
+        text += f", {usage.cached_tokens} cached"
+    if usage.reasoning_tokens:
+        text += f", {usage.reasoning_tokens} reasoning"
+    if "cost" in usage.extra:
+        text += f", cost {usage.extra['cost']}"
+    return text
 
 
 def _serve_demo() -> str:
     """Start a chat-completions server of a few lines on loopback. -> its base URL."""
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    import socketserver
+    from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -4327,19 +4476,24 @@ def _serve_demo() -> str:
             answer = (
                 f"You said: {prompt.strip()}\nEach word came as an event of its own."
             )
+            words = re.findall(r"\s*\S+", answer)
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            for word in re.findall(r"\s*\S+", answer):
+            for word in words:
                 self.send_event({"index": 0, "delta": {"content": word}})
                 time.sleep(0.05)
-            self.send_event({"index": 0, "delta": {}, "finish_reason": "stop"})
+            counts = (len(prompt.split()), len(words))
+            names = ("prompt_tokens", "completion_tokens", "total_tokens")
+            usage = dict(zip(names, (*counts, sum(counts))))
+            end = {"index": 0, "delta": {}, "finish_reason": "stop"}
+            self.send_event(end, usage=usage)
             self.send_chunk(b"data: [DONE]\n\n")
             self.send_chunk(b"")
 
-        def send_event(self, choice: dict[str, Any]) -> None:
-            chunk = {"id": "demo-1", "model": "demo", "choices": [choice]}
+        def send_event(self, choice: dict[str, Any], **more: Any) -> None:
+            chunk = {"id": "demo-1", "model": "demo", "choices": [choice], **more}
             self.send_chunk(b"data: %b\n\n" % json.dumps(chunk).encode())
 
         def send_chunk(self, data: bytes) -> None:
@@ -4348,7 +4502,9 @@ def _serve_demo() -> str:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass  # the client has left, which is no news
 
