@@ -738,6 +738,66 @@ ROWS = [
      [R("r"), A, ToolCallDelta(0, "i", "f", "{}"), completed(usage=USED)]),
     ("E1 pretty-printed", json.dumps(whole({"content": "a"}), indent=2).encode() + b"\n", [A, END]),
     ("E1 after comments", b": wait\n\n" + json.dumps(whole({"content": "a"})).encode(), [A, END]),
+    ("A6 a line that is none, among lines that are", sse("{oops", C("a"), end="\n") + b"\n" + sse(STOP),
+     [A, completed(skipped=1)]),
+    ("A13 padding", sse(": OPENROUTER PROCESSING", C("a"), "null", STOP, ":", DONE), [A, END]),
+    ("A13 a named event with text", b"event: ping\ndata: still here\n\n" + sse(C("a"), STOP), [A, END]),
+    ("A13 named, JSON that is no chunk", sse(C("a")) + b'event: tool.progress\ndata: {"id":"t"}\n\n' + sse(STOP), [A, END]),
+    ("A14 data: data:", sse(C("a"), C("b"), STOP, DONE, start="data: data: "), [A, B, END]),
+    ("A14 data:data:data:", sse(C("a"), STOP, DONE, start="data:data:data:"), [A, END]),
+    ("A14 DONE without brackets", sse(C("a"), STOP, "DONE", C("z")), [A, END]),
+    ("A15 glued", b"data: " + json.dumps(C("a")).encode() + json.dumps(C("b")).encode() + b"\n\n" + sse(STOP),
+     [A, B, END]),
+    ("A15 glued with blanks", b"data: " + json.dumps(C("a")).encode() + b" \t" + json.dumps(STOP).encode() + b"\n\n",
+     [A, END]),
+    ("A15 a list", sse(json.dumps([C("a"), None, C("b")]), STOP), [A, B, END]),
+    ("JSON lines", sse(C("a"), C("b"), STOP, start="", end="\n"), [A, B, END]),
+    ("JSON lines with blanks before", sse(C("a"), STOP, start="  ", end="\r\n"), [A, END]),
+    ("JSON lines, one broken", sse(C("a"), start="", end="\n") + b'{"x\n' + sse(C("b"), STOP, start="", end="\n"),
+     [A, B, completed(skipped=1)]),
+    ("JSON glued as the whole body", b"".join(sse(c, start="", end="") for c in (C("a"), C("b"), STOP)), [A, B, END]),
+    ("a list as the whole body", json.dumps([C("a"), C("b"), STOP]).encode(), [A, B, END]),
+    ("a list as the whole body, indented", json.dumps([C("a"), STOP], indent=1).encode() + b"\n", [A, END]),
+    ("JSON lines and [DONE] alone", sse(C("a"), STOP, DONE, C("z"), start="", end="\n"), [A, END]),
+    ("JSON among SSE", sse(C("a")) + sse(C("b"), start="", end="\n") + sse(STOP), [A, B, END]),
+    ("indented JSON among SSE", sse(C("a")) + json.dumps(C("b"), indent=2).encode() + b"\n" + sse(STOP), [A, B, END]),
+    ("a log line among SSE", sse(C("a")) + b"[INFO] busy\nat {x}\n" + sse(STOP), [A, END]),
+    ("NaN and control characters", b'data: {"choices":[{"delta":{"content":"a\tb"},"logprobs":NaN}],"x":-Infinity}\n\n',
+     [TextDelta("a\tb"), Completed()]),
+    ("B6 reasoning_text", sse(C(delta={"reasoning_text": "r"}), C(delta={"reasoning_opaque": "o"}), DONE),
+     [R("r", reasoning_text="r"), R("", reasoning_opaque="o"), Completed("c1", "m1")]),
+    ("B6 a list of blocks", sse(C(delta={"reasoning": [{"text": "r"}, {"content": "s"}]}), DONE),
+     [R("rs", reasoning=[{"text": "r"}, {"content": "s"}]), Completed("c1", "m1")]),
+    ("B6 details with a summary", sse(C(delta={"reasoning_details": [{"summary": "r"}, {"summary": [{"text": "s"}]}]}), DONE),
+     [R("rs", reasoning_details=[{"summary": "r"}, {"summary": [{"text": "s"}]}]), Completed("c1", "m1")]),
+    ("B6 Databricks", sse(C([{"type": "reasoning", "summary": [{"type": "summary_text", "text": "r"}]}]),
+                          C([{"type": "text", "text": "a"}]), STOP), [ReasoningDelta("r"), A, END]),
+    ("B9 the words null and None", sse(C("a", finish="null"), C("b", finish="None"), STOP), [A, B, END]),
+    ("B10 stop in every chunk", sse(C("a", finish="stop"), C("b", finish="stop"), C(finish="length")),
+     [A, B, completed("length")]),
+    ("B10 another reason, then stop", sse(C("a", finish="tool_calls"), C("b"), STOP), [A, B, completed("tool_calls")]),
+    ("B14 input_tokens, and what else", sse(C("a", finish="stop", usage={"input_tokens": 1, "output_tokens": 2,
+        "total_tokens": 3, "cost": 0.25, "odd": None})), [A, completed(usage=Usage(1, 2, 3, extra={"cost": 0.25}))]),
+    ("B17 reasoning and calls never streamed", sse(C("a"), whole({"content": "a", "reasoning_content": "r", "tool_calls": [
+        {"id": "i", "function": {"name": "f", "arguments": "{}"}}]}), DONE),
+     [A, R("r"), ToolCallDelta(0, "i", "f", "{}"), END]),
+    ("C14 an empty stub", sse(C("a"), C(delta={"function_call": {"name": "", "arguments": ""}}, finish="stop")), [A, END]),
+    ("C14 after tool_calls", sse(tool(0, "i", "f", "{}"), C(delta={"function_call": {"name": "f", "arguments": "{}"}}), DONE),
+     [ToolCallDelta(0, "i", "f", "{}"), Completed("c1", "m1")]),
+    ("C18 custom", sse(C(delta={"tool_calls": [{"index": 0, "id": "i", "type": "custom", "custom": {"name": "f", "input": "a"}}]}),
+                       C(delta={"tool_calls": [{"index": 0, "custom": {"input": "b"}}]}), STOP),
+     [ToolCallDelta(0, "i", "f", "a", type="custom"), ToolCallDelta(0, "i", "f", "b", type="custom"), END]),
+    ("C19 an object", sse(C(delta={"tool_calls": {"index": 0, "id": "i", "function": {"name": "f", "arguments": "{}"}}}), DONE),
+     [ToolCallDelta(0, "i", "f", "{}"), Completed("c1", "m1")]),
+    ("C the words null and None", sse(tool(0, "i", "f", "{"), tool(0, "null", "None", "}"), DONE),
+     [ToolCallDelta(0, "i", "f", "{"), ToolCallDelta(0, "i", "f", "}"), Completed("c1", "m1")]),
+    ("C empty members are no extra", sse(tool(0, "i", "f", "{}", a="", b=[], c={}, d=0), DONE),
+     [ToolCallDelta(0, "i", "f", "{}", {"d": 0}), Completed("c1", "m1")]),
+    ("D11 good codes are no error", sse({"code": 0, "message": "Success"}, C("a"), {"code": "OK", "msg": "x"}, STOP), [A, END]),
+    ("E1 and [DONE]", json.dumps(whole({"content": "a"})).encode() + b"\n\ndata: [DONE]\n\n", [A, END]),
+    ("E1 two choices", json.dumps({"id": "c1", "model": "m1", "choices": [
+        {"index": i, "message": {"content": t}, "finish_reason": "stop"} for i, t in enumerate("ab")]}).encode(),
+     [A, TextDelta("b", 1), Completed("c1", "m1", "stop", {0: "stop", 1: "stop"})]),
     ("E4 empty", b"", [Completed()]),
     ("E4 comments only", b": a\n\n: b\n\n", [Completed()]),
     ("huge numbers", sse(C("a", finish="stop", usage={"prompt_tokens": 10**309, "total_tokens": 1e400}), DONE),
@@ -774,6 +834,23 @@ ERROR_ROWS = [
     ("D8 code null", sse({"error": {"message": ["boom"], "code": None}}), [], None, None, "boom"),
     ("D8 code str", sse({"error": {"message": {"detail": "boom"}, "code": "x9"}}), [], "x9", None, "boom"),
     ("D9 a list that is one", sse({"error": [{"message": "boom"}]}), [], None, None, "boom"),
+    ("D1 TGI", sse({"error": "boom", "error_type": "t"}), [], None, "t", "boom"),
+    ("D2 true", sse({"error": True, "message": "boom"}), [], None, None, "boom"),
+    ("D5 any case", sse(C("a")) + b"ERROR: boom\n", [A], None, None, "boom"),
+    ("D10 in a choice", sse(C("a"), {"choices": [{"delta": {}, "finish_reason": "error", "error": ERROR}]}, DONE),
+     [A], 500, "t", "boom"),
+    ("D10 x_groq", sse(C("a", x_groq={"error": "boom"}), DONE), [A], None, None, "boom"),
+    ("D11 errors", sse({"success": False, "errors": [{"code": 7, "message": "boom"}]}), [], None, None, "boom"),
+    ("D11 flat", sse({"code": "Bad", "message": "boom", "request_id": "q"}), [], "Bad", None, "boom"),
+    ("D11 flat, other names", sse({"error_code": 17, "error_msg": "boom"}), [], 17, None, "boom"),
+    ("D12 a line", sse(C("a")) + json.dumps({"error": ERROR}).encode() + b"\n", [A], 500, "t", "boom"),
+    ("D12 indented", sse(C("a")) + json.dumps({"error": ERROR}, indent=2).encode(), [A], 500, "t", "boom"),
+    ("D12 before [DONE]", json.dumps({"error": ERROR}).encode() + b"\n\ndata: [DONE]\n\n", [], 500, "t", "boom"),
+    ("D12 a list in a data line", sse(C("a"), json.dumps([{"error": ERROR}])), [A], 500, "t", "boom"),
+    ("D12 behind a cut event", sse(C("a")) + b'data: {"choices":[{"de\n' + sse({"type": "error", "error": ERROR}),
+     [A], 500, "t", "boom"),
+    ("D13", sse(C("a"), "error: boom"), [A], None, None, "boom"),
+    ("D13 JSON behind it", sse(C("a"), 'Error: {"message": "boom", "code": 5}'), [A], 5, None, "boom"),
     ("E2", json.dumps({"error": ERROR}).encode(), [], 500, "t", "boom"),
     ("E2 list", json.dumps([{"error": ERROR}]).encode(), [], 500, "t", "boom"),
     ("B21 a half before an error", sse(C("\ud83d"), {"error": "boom"}), [TextDelta("\ufffd")], None, None, "boom"),
@@ -815,6 +892,30 @@ CALL_ROWS = [
     ("C3 all index 0, no id, another name", [tool(0, None, "f", "{}"), tool(0, None, "g", "[]")],
      [(None, "f", "{}"), (None, "g", "[]")]),
     ("C8 the name in pieces is the first piece", [tool(0, "i", "f"), tool(0, None, "g", "{}")], [("i", "f", "{}")]),
+    ("C16 the last fragment under the next index", [tool(0, "i", "f", ""), tool(0, None, None, "{"), tool(1, None, None, "}")],
+     [("i", "f", "{}")]),
+    ("C16 each fragment under an index of its own", [tool(n, *("i", "f")[: 2 * (n == 0)] or (None, None), c)
+                                                     for n, c in enumerate('{"a":1}')], [("i", "f", '{"a":1}')]),
+    ("C16 head as 0, tail as 1", [tool(0, "i", "f", "{}"), tool(0, "j", "g", "["), tool(1, None, None, "]")],
+     [("i", "f", "{}"), ("j", "g", "[]")]),
+    ("C2 two of one name, no index, no id", [tool(None, None, "f", "{}"), tool(None, None, "f", "{}")],
+     [(None, "f", "{}"), (None, "f", "{}")]),
+    ("C3 two of one name, index 0, no id", [tool(0, None, "f", '{"a":"}"}'), tool(0, None, "f", '{"a":2}')],
+     [(None, "f", '{"a":"}"}'), (None, "f", '{"a":2}')]),
+    ("C6 the name on each fragment, no id", [tool(0, None, "f", '{"a'), tool(0, None, "f", '\\"}'), tool(0, None, "f", '":1}')],
+     [(None, "f", '{"a\\"}":1}')]),
+    ("an index that is no int", [C(delta={"tool_calls": [{"index": odd, "id": i, "function": {"name": "f", "arguments": "{}"}}]})
+                                 for odd, i in (([], "i"), ("0", "j"), (0.0, "k"), (True, "l"))],
+     [(i, "f", "{}") for i in "ijkl"]),
+    ("C17 {} first", [tool(0, "i", "f", "{}"), tool(0, None, "", '{"a"'), tool(0, None, "", ":1}")], [("i", "f", '{"a":1}')]),
+    ("C17 {} alone", [tool(0, "i", "f", "{}")], [("i", "f", "{}")]),
+    ("C17 cumulative", [tool(0, "i", "f", c) for c in ("", '{"a"', '{"a":', '{"a":1}')], [("i", "f", '{"a":1}')]),
+    ("C17 once more as a whole", [tool(0, "i", "f", c) for c in ('{"a"', ":1}", '{"a":1}')], [("i", "f", '{"a":1}')]),
+    ("C17 first as a whole", [tool(0, "i", "f", c) for c in ('{"a":1}', '{"a"', ":1}")], [("i", "f", '{"a":1}')]),
+    ("C17 cut arguments stay", [tool(0, "i", "f", c) for c in ('{"a"', ":[")], [("i", "f", '{"a":[')]),
+    ("C17 two objects stay", [tool(0, "i", "f", c) for c in ('{"a":1}', '{"b":2}')], [("i", "f", '{"a":1}{"b":2}')]),
+    ("rule 4: the same call under another index", [tool(0, "i", "f", "{}"), tool(1, "i", "f", "{}"), tool(2, "j", "f", "{}")],
+     [("i", "f", "{}"), ("j", "f", "{}")]),
     ("rule 4: neither name nor arguments", [tool(0, "i"), tool(1, "j", "g", "[]")], [("j", "g", "[]")]),
 ]  # fmt: skip
 
@@ -2560,6 +2661,463 @@ def test_fuzz_over_sockets(transport):
         with Server([bytes(body), CLOSE]) as server:
             got, failure = collect(ask(server, idle_timeout=5))
         assert failure is not None or isinstance(got[-1], Completed)
+
+
+# --------------------------------------------------------------------------------------
+# Framing and compression, without sockets
+# --------------------------------------------------------------------------------------
+
+WHOLE, OPEN = "whole", "open"  # else: words of the fault
+
+#: (name, framing, bytes, data, WHOLE | OPEN | words of the fault, what is left behind)
+FRAMES = [
+    ("one chunk", "chunked", b"3\r\nabc\r\n0\r\n\r\n", b"abc", WHOLE, b""),
+    ("chunks", "chunked", b"1\r\na\r\n1\r\nb\r\n1\r\nc\r\n0\r\n\r\n", b"abc", WHOLE, b""),
+    ("no chunk", "chunked", b"0\r\n\r\n", b"", WHOLE, b""),
+    ("zeros and capitals", "chunked", b"00A\r\n0123456789\r\n000\r\n\r\n", b"0123456789", WHOLE, b""),
+    ("blanks and extensions", "chunked", b" 3 ;x=y;z\r\nabc\r\n0;q\r\n\r\n", b"abc", WHOLE, b""),
+    ("size lines in LF", "chunked", b"3\nabc\r\n0\n\n", b"abc", WHOLE, b""),
+    ("trailers", "chunked", b"3\r\nabc\r\n0\r\nX: y\r\nZ: w\r\n\r\n", b"abc", WHOLE, b""),
+    ("CRLF inside a chunk", "chunked", b"6\r\na\r\n0\r\n\r\n0\r\n\r\n", b"a\r\n0\r\n", WHOLE, b""),
+    ("more behind", "chunked", b"1\r\na\r\n0\r\n\r\nHTTP/1.1", b"a", WHOLE, b"HTTP/1.1"),
+    ("no terminator", "chunked", b"3\r\nabc\r\n", b"abc", OPEN, b""),
+    ("inside a chunk", "chunked", b"9\r\nabc", b"abc", OPEN, b""),
+    ("between CR and LF", "chunked", b"3\r\nabc\r", b"abc", OPEN, b""),
+    ("inside a size", "chunked", b"3\r\nabc\r\n1", b"abc", OPEN, b""),
+    ("inside a trailer", "chunked", b"1\r\na\r\n0\r\nX:", b"a", OPEN, b""),
+    ("chunk too long", "chunked", b"3\r\nabcd\r\n0\r\n\r\n", b"abc", "longer than its size", b""),
+    ("LF alone behind a chunk", "chunked", b"3\r\nabc\n0\r\n\r\n", b"abc", "longer than its size", b""),
+    ("negative", "chunked", b"1\r\na\r\n-5\r\nabc", b"a", "b'-5", b""),
+    ("0x", "chunked", b"1\r\na\r\n0x1\r\na\r\n", b"a", "b'0x1", b""),
+    ("underscore", "chunked", b"1_0\r\n", b"", "b'1_0", b""),
+    ("words", "chunked", b"zz\r\nabc", b"", "b'zz", b""),
+    ("no size", "chunked", b"1\r\na\r\n\r\n", b"a", "chunk size", b""),
+    ("17 digits", "chunked", b"00000000000000001\r\na", b"", "chunk size", b""),
+    ("length", 3, b"abc", b"abc", WHOLE, b""),
+    ("length, more behind", 3, b"abcde", b"abc", WHOLE, b"de"),
+    ("length, short", 9, b"abc", b"abc", OPEN, b""),
+    ("to the end", None, b"abc", b"abc", OPEN, b""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", FRAMES, ids=[row[0] for row in FRAMES])
+def test_framing_at_every_cut(row):
+    _, how, raw, data, end, rest = row
+    for blocks in cuts(raw):
+        framing = cs._Framing(
+            chunked=how == "chunked", length=how if type(how) is int else None
+        )
+        got, left = b"", b""
+        for block in blocks:
+            if framing.ended:
+                left += block
+            elif not framing.fault:
+                got += framing.feed(block)
+        assert got == data, blocks
+        assert framing.ended is (end == WHOLE), blocks
+        assert framing.rest + left == rest, blocks
+        if end not in (WHOLE, OPEN):
+            assert end in framing.fault
+        elif end == OPEN:
+            assert framing.fault == ""
+            assert framing.end() == b""
+            assert framing.ended is (how is None)
+            assert bool(framing.fault) is (how is not None)
+
+
+@pytest.mark.parametrize(
+    "endless", [b"1;" + b"x" * 20_000, b"0\r\n" + b"a: b\r\n" * 5000]
+)
+def test_framing_lines_have_an_end(endless):
+    framing = cs._Framing(chunked=True)
+    for start in range(0, len(endless), 100):
+        framing.feed(endless[start : start + 100])
+        if framing.fault:
+            break
+    assert str(cs._MAX_FRAMING) in framing.fault
+
+
+@pytest.mark.parametrize(
+    "headers, chunked",
+    [
+        ({"transfer-encoding": "chunked"}, True),
+        ({"transfer-encoding": " Chunked\t"}, True),
+        ({"transfer-encoding": "identity, CHUNKED"}, True),
+        ({"transfer-encoding": "chunked, chunked", "content-length": "1"}, True),
+        ({"transfer-encoding": "identity"}, False),
+        ({}, False),
+    ],
+)
+def test_a17_the_last_coding_decides(headers, chunked):
+    framing = cs._choose_framing(200, headers)
+    assert framing.feed(b"1\r\na\r\n") == (b"a" if chunked else b"1\r\na\r\n")
+
+
+@pytest.mark.parametrize("coding", ["gzip, chunked", "chunked, br", "gzip"])
+def test_a17_other_codings_are_named(transport, coding):
+    with Server(
+        [head("200 OK", "Transfer-Encoding: " + coding) + b"x", CLOSE]
+    ) as server:
+        got, failure = collect(ask(server, max_retries=2))
+    assert (got, type(failure), len(server.requests)) == ([], cs.StreamError, 1)
+    assert "gzip" in str(failure) or "br" in str(failure)
+
+
+@pytest.mark.parametrize(
+    "te", ["Transfer-Encoding: CHUNKED \t", "Transfer-Encoding: identity, chunked",
+           "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+           "Content-Length: 7\r\nTransfer-Encoding: chunked"],
+)  # fmt: skip
+def test_a17_over_a_socket(transport, te):
+    body = (
+        head("200 OK", te)
+        + chunked(sse(C("a"), C("b")))
+        + chunked(sse(STOP))
+        + b"0\r\n\r\n"
+    )
+    with Server([body, CLOSE]) as server:
+        assert list(ask(server)) == [A, B, END]
+
+
+@pytest.mark.parametrize(
+    "fault", ["Bad header", "Bad : 1", "Content-Length: 5\r\nContent-Length: 6",
+              "Content-Length: -1", "Content-Length: 1x", " folded: first"],
+)  # fmt: skip
+def test_a18_broken_headers(transport, fault, sleeps):
+    start = f"HTTP/1.1 200 OK\r\n{fault}\r\nServer: x\r\n\r\n".encode()
+    with Server([start + PLAIN, CLOSE]) as server:
+        got, failure = collect(ask(server))
+    assert (got, type(failure)) == ([], cs.TransportError)
+    with Server([start.replace(b"200 OK", b"404 No"), CLOSE]) as server:
+        assert collect(ask(server))[1] is not None
+
+
+def test_equal_lengths_are_one(transport):
+    length = f"Content-Length: {len(PLAIN)}"
+    with Server([head("200 OK", length, length) + PLAIN]) as server:
+        assert list(ask(server)) == [A, B, END]
+
+
+@pytest.mark.parametrize("line", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/2 200\r\n\r\n"])
+def test_a_reply_that_is_no_http_is_quoted(transport, line):
+    with Server([line, CLOSE]) as server:
+        _, failure = collect(ask(server))
+    assert type(failure) is cs.TransportError
+    assert "SSH-2.0" in str(failure) or "HTTP/2" in str(failure)
+
+
+def unpack(encoding, blocks):
+    """-> the bytes, and whether compressed data has no end; or the StreamError."""
+    unpacking = cs._Unpacking(encoding)
+    got = []
+    try:
+        for block in blocks:
+            got += unpacking.feed(block)
+        got += unpacking.end()
+    except cs.StreamError as failure:
+        return b"".join(got), failure
+    return b"".join(got), unpacking.unfinished
+
+
+GZIP = gzip.compress(PLAIN)
+
+
+@pytest.mark.parametrize(
+    "name, encoding, raw, data, unfinished",
+    [
+        ("gzip", "gzip", GZIP, PLAIN, False),
+        ("without the header", "", GZIP, PLAIN, False),
+        ("with a wrong one", "br", GZIP, PLAIN, False),
+        ("cut", "gzip", GZIP[:-9], PLAIN, True),
+        ("one byte", "gzip", b"\x1f", b"", True),
+        ("two members", "gzip", gzip.compress(b"data: a") + gzip.compress(b"b"), b"data: ab", False),
+        ("padding behind", "gzip", GZIP + b"\0" * 99, PLAIN, False),
+        ("padding between", "gzip", GZIP + b"\0\0" + gzip.compress(b"b"), PLAIN + b"b", False),
+        ("junk behind", "gzip", GZIP + b"junk" + GZIP, PLAIN, False),
+        ("a byte behind", "gzip", GZIP + b"\x1f", PLAIN, False),
+        ("zlib", "deflate", zlib.compress(PLAIN), PLAIN, False),
+        ("bare deflate", "deflate", zlib.compress(PLAIN)[2:-4], PLAIN, False),
+        ("plain, gzip said", "gzip", PLAIN, PLAIN, False),
+        ("plain, br said", "br", b"\r\n" + PLAIN, b"\r\n" + PLAIN, False),
+        ("plain, a comment, br said", "br", b": x", b": x", False),
+        ("plain, JSON, zstd said", "zstd", b"{}", b"{}", False),
+        ("plain, HTML behind a BOM, br said", "br", b"\xef\xbb\xbf<a>", b"\xef\xbb\xbf<a>", False),
+        ("none", "none", b"xyz", b"xyz", False),
+        ("utf-8", "UTF-8", PLAIN, PLAIN, False),
+        ("nothing", "gzip", b"", b"", False),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)  # fmt: skip
+def test_a12_judged_by_the_body(name, encoding, raw, data, unfinished):
+    for blocks in cuts(raw):
+        assert unpack(encoding, blocks) == (data, unfinished), blocks
+
+
+@pytest.mark.parametrize("fault", ["checksum", "inside"])
+def test_a12_what_came_before_a_fault_is_kept(fault):
+    raw = bytearray(gzip.compress(PLAIN * 50))
+    raw[-8 if fault == "checksum" else len(raw) // 2] ^= 0xFF
+    for blocks in ([bytes(raw)], [bytes([b]) for b in raw]):
+        got, failure = unpack("gzip", blocks)
+        assert isinstance(failure, cs.StreamError)
+        assert got.startswith(PLAIN[:100])
+    assert fault == "inside" or got == PLAIN * 50
+
+
+@pytest.mark.parametrize("encoding, raw", [("br", b"x"), ("zstd", b"\x28\xb5\x2f\xfd")])
+def test_a12_others_are_named(encoding, raw):
+    for blocks in cuts(raw):
+        assert encoding in str(unpack(encoding, blocks)[1])
+
+
+def test_a12_padding_without_end_costs_nothing():
+    unpacking = cs._Unpacking("gzip")
+    list(unpacking.feed(GZIP))
+    for _ in range(2000):  # 128 MB, which zlib would all keep
+        assert list(unpacking.feed(b"\0" * 65536)) == []
+    assert not unpacking.unfinished
+
+
+def test_a12_a_wrong_checksum_behind_a_finished_answer(transport):
+    raw = gzip.compress(sse(C("a"), STOP))[:-8] + b"\0" * 8
+    with Server([reply(raw, "200 OK", "Content-Encoding: gzip")]) as server:
+        assert list(ask(server)) == [A, END]
+        got, failure = collect(ask(server, strict=True))
+    assert (got, type(failure)) == ([A], cs.StreamError)
+
+
+# --------------------------------------------------------------------------------------
+# decode(), the end of an answer, one choice
+# --------------------------------------------------------------------------------------
+
+
+def test_decode_takes_any_iterable_of_bytes(tmp_path):
+    (tmp_path / "body").write_bytes(PLAIN)
+    with open(tmp_path / "body", "rb") as file:
+        assert list(cs.decode(file)) == [A, B, END]
+    assert list(cs.decode(iter([bytearray(PLAIN), memoryview(b"")]))) == [A, B, END]
+    assert list(cs.decode([gzip.compress(PLAIN)])) == [A, B, END]
+
+
+@pytest.mark.parametrize("wrong", [PLAIN, "text", 5, None])
+def test_decode_wants_an_iterable_of_bytes(wrong):
+    with pytest.raises(TypeError):
+        cs.decode(wrong)
+    with pytest.raises(TypeError, match="str"):
+        list(cs.decode(["text"]))
+
+
+def test_decode_raises_what_its_source_raises():
+    def blocks():
+        yield sse(C("a"))
+        raise OSError("disk")
+
+    events = cs.decode(blocks())
+    assert next(events) == A
+    with pytest.raises(OSError, match="disk"):
+        next(events)
+
+
+def test_decode_stops_at_done():
+    def blocks():
+        yield PLAIN
+        raise AssertionError("read on")
+
+    assert list(cs.decode(blocks())) == [A, B, END]
+
+
+def test_decode_of_a_cut_gzip():
+    got, failure = decode([gzip.compress(sse(*[C(str(n)) for n in range(99)]))[:-9]])
+    assert (len(got), type(failure)) == (99, cs.TruncatedStreamError)
+
+
+@pytest.mark.parametrize(
+    "body, quoted",
+    [
+        (sse("Too many requests, slow down", DONE), "slow down"),
+        (
+            b"<!doctype html>\n<style>\n:root {\n --a: 1px;\n}\n</style>Log in",
+            "doctype",
+        ),
+        (b"plain words", "plain words"),
+        (b'event: message_start\ndata: {"type":"message_start"}\n\n', "message_start"),
+        (sse("1", "true", '"x"'), "1 true"),
+        (b"[]", "[]"),
+        (PLAIN.replace(b"\n", b"\\n"), "choices"),
+    ],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_nothing_understood_is_said(body, quoted, strict):
+    for blocks in cuts(body):
+        got, failure = decode(blocks, strict)
+        assert got == []
+        assert type(failure) in (cs.StreamError, cs.MalformedChunkError)
+        assert strict or quoted in str(failure)
+        assert len(str(failure)) < 500
+
+
+def test_only_padding_is_an_unfinished_answer(caplog):
+    assert list(cs.decode([sse("null", ": x") + b"event: ping\ndata: x\n\n"])) == [
+        Completed()
+    ]
+    assert len(warnings_in(caplog)) == 1
+
+
+def test_skipped_text_is_quoted_once(caplog):
+    bad = "{oops " + "x" * 5000
+    got = list(cs.decode([sse(C("a"), bad, bad, STOP)]))
+    assert got == [A, completed(skipped=2)]
+    (line,) = warnings_in(caplog)
+    assert "{oops" in line
+    assert "2 time" in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize(
+    "body, finished",
+    [
+        (sse(C("a"), STOP), True),
+        (sse(C("a"), STOP, C("b")), False),  # more after the reason
+        (sse(C("a"), STOP, C("b"), DONE), True),  # then [DONE] makes a reason enough
+        (sse(C("a"), STOP, C("b", finish="stop")), True),
+        (sse(C("a"), DONE), False),  # and alone it proves nothing
+        (sse(C("a"), STOP, C("b", index=1)), False),
+        (sse({"choices": []}), False),
+    ],
+)
+def test_when_an_answer_is_finished(body, finished, caplog):
+    got, failure = decode([body])
+    assert (type(got[-1]), failure) == (Completed, None)
+    assert len(warnings_in(caplog)) == (not finished)
+    got, failure = decode([body], strict=True)
+    assert (failure is None) is finished
+    assert finished or type(failure) is cs.TruncatedStreamError
+
+
+def test_more_after_a_reason_and_a_cut(transport):
+    with Server([CHUNKED + chunked(sse(C("a"), STOP, C("b"))), CLOSE]) as server:
+        got, failure = collect(ask(server))
+    assert (got, type(failure)) == ([A, B], cs.TruncatedStreamError)
+
+
+@pytest.mark.parametrize("n", [{}, {"n": 1}, {"n": None}, {"extra_body": {"n": 1}}])
+def test_b12_one_choice_unless_asked(transport, n):
+    body = sse(C("a"), C("b", index=1), C(finish="stop", index=2), DONE)
+    with Server([reply(body)]) as server:
+        assert list(ask(server, **n)) == [A, B, END]
+
+
+@pytest.mark.parametrize("n", [{"n": 2}, {"extra_body": {"n": 3}}])
+def test_b12_several_choices_when_asked(transport, n):
+    body = sse(C("a"), C("b", index=1), STOP, C(finish="stop", index=1), DONE)
+    with Server([reply(body)]) as server:
+        got = list(ask(server, **n))
+    assert got[:2] == [A, TextDelta("b", 1)]
+    assert got[2].finish_reasons == {0: "stop", 1: "stop"}
+
+
+def test_b12_a_message_over_two_choices(transport):
+    chunk = {"choices": [{"index": 0, "message": {"content": "a"}, "finish_reason": "tool_calls"},
+                         {"index": 1, "message": {"tool_calls": [{"id": "i", "function": {"name": "f"}}]},
+                          "finish_reason": "tool_calls"}]}  # fmt: skip
+    with Server([reply(json.dumps(chunk).encode())]) as server:
+        message, _ = cs.aggregate(ask(server))
+    assert (message.content, message.tool_calls[0].name) == ("a", "f")
+
+
+def test_what_the_caller_does_to_an_event_changes_nothing_later():
+    details = [{"text": "r"}]
+    chunks = [
+        C("a"),
+        C("b"),
+        C("c"),
+        C(delta={"reasoning_details": details}),
+        tool(0, "i", "f", "1"),
+        STOP,
+    ]
+    body = sse(*chunks, DONE)
+    wanted = [
+        [copy.deepcopy(e) for e in cs.decode([body], raw=raw)] for raw in (False, True)
+    ]
+    for raw in (False, True):
+        got = []
+        for event in cs.decode([body], raw=raw):
+            got.append(copy.deepcopy(event))
+            if isinstance(event, Chunk):
+                for choice in event.data["choices"]:
+                    choice["delta"].get("reasoning_details", []).clear()
+                event.data.clear()
+            else:
+                event.choice, event.extra, event.text = 7, {"x": 1}, "changed"
+        assert got == wanted[raw]
+
+
+def test_what_the_caller_does_to_an_event_changes_no_message():
+    def events():
+        yield R("r", reasoning_details=[{"text": "r"}], reasoning={"text": "s"})
+        yield ToolCallDelta(0, "i", "f", "{}", {"e": {"s": 1}})
+        yield END
+
+    for event in cs.aggregate(events(), deltas=True):
+        if isinstance(event, ReasoningDelta):
+            event.extra["reasoning_details"][0]["text"] = "changed"
+            event.extra["reasoning"].clear()
+        elif isinstance(event, ToolCallDelta):
+            event.extra["e"].clear()
+        elif isinstance(event, Message):
+            assert event.extra == {
+                "reasoning_details": [{"text": "r"}],
+                "reasoning": {"text": "s"},
+            }
+            assert event.tool_calls[0].extra == {"e": {"s": 1}}
+
+
+def test_a_custom_tool_in_two_turns(transport):
+    first = sse(C(delta={"tool_calls": [{"index": 0, "id": "i", "type": "custom", "custom": {"name": "sh", "input": "l"}}]}),
+                C(delta={"tool_calls": [{"index": 0, "custom": {"input": "s"}}]}), C(finish="tool_calls"), DONE)  # fmt: skip
+    with Server([reply(first)], [reply(PLAIN)]) as server:
+        history = [{"role": "user", "content": "list"}]
+        message = cs.complete(history, model="m", base_url=server.url)
+        assert message.tool_calls == (ToolCall("i", "sh", "ls", type="custom"),)
+        history += [message, {"role": "tool", "tool_call_id": "i", "content": "x"}]
+        cs.complete(history, model="m", base_url=server.url)
+    assert server.requests[1].json["messages"][1]["tool_calls"] == [
+        {"id": "i", "type": "custom", "custom": {"name": "sh", "input": "ls"}}
+    ]
+
+
+def test_fuzz_framings_of_the_same_chunks():
+    """However chunks are framed, the same events come out."""
+    rng = random.Random(5)
+    for number in range(400):
+        chunks = [json.loads(line[6:], strict=False) for line in random_stream(rng).split(b"\n\n")[:-1]
+                  if cs._is_json(line[6:].decode("utf-8", "replace"))]  # fmt: skip
+        texts = [json.dumps(c, ensure_ascii=number % 2 == 0) for c in chunks]
+        plain = b"".join(
+            b"data: %b\n\n" % t.encode("utf-8", "surrogatepass") for t in texts
+        )
+        wanted = decode([plain])
+        framed, place = b"", 0
+        while place < len(texts):
+            some = texts[place : place + rng.randrange(1, 4)]
+            place += len(some)
+            end = rng.choice(["\n\n", "\r\n\r\n", "\r\r"])
+            way = rng.randrange(6)
+            if way == 0:
+                text = "".join(f"data: {t}{end}" for t in some)
+            elif way == 1:
+                text = "".join(f"{t}{end[: len(end) // 2]}" for t in some) + end
+            elif way == 2:
+                text = "data:" + rng.choice(["", " "]).join(some) + end
+            elif way == 3:
+                text = f"data: data: [{','.join(some)}]{end}"
+            elif way == 4:
+                text = f"[{','.join(some)}]{end}"
+            else:
+                text = "".join(f"data:{t}\n" for t in some) + end + ": comment" + end
+            framed += text.encode("utf-8", "surrogatepass")
+        got = decode(pieces_of(framed, rng))
+        assert summary(got) == summary(wanted), framed
 
 
 # --------------------------------------------------------------------------------------
