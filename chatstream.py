@@ -1816,7 +1816,7 @@ class _Framing:
 
 def _choose_framing(status: int, headers: Mapping[str, str]) -> _Framing:
     """RFC 9112, 6.3. Raises StreamError or ValueError for headers that say nonsense."""
-    if status == 204:
+    if status == 204 or status < 200:
         return _Framing(length=0)
     codings = headers.get("transfer-encoding", "").lower().split(",")
     *before, last = [coding.strip() for coding in codings]
@@ -2099,11 +2099,14 @@ class _Upload(io.BytesIO):
     """The request's body, sent from a file so that each block has a timeout of its own.
 
     Tells how far we got: before its first block we were still connecting.
+
+    fresh: bool, it is to go over a new connection.
     """
 
-    def __init__(self, body: bytes, clock: _Clock) -> None:
+    def __init__(self, body: bytes, clock: _Clock, *, fresh: bool = False) -> None:
         super().__init__(body)
         self.clock = clock
+        self.fresh = fresh
         self.sent = False
 
     def read(self, size: Optional[int] = -1) -> bytes:
@@ -2162,6 +2165,10 @@ class _WatchedConnection(_ConnectionBase):
     ) -> None:
         self._upload = body if isinstance(body, _Upload) else None
         self._wire = None
+        if self._upload is not None and self._upload.fresh and self._was_used:
+            self._was_used = False
+            self.sock.close()
+            self.sock: Any = None  # at which http.client connects anew
         try:
             super().request(method, url, body=body, headers=headers or {}, **options)
         except OSError as error:
@@ -2232,10 +2239,10 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
     try:
         if urllib3:
             try:
-                opened = _open_pooled(urllib3, request, upload, proxy, tls, fresh=False)
+                opened = _open_pooled(urllib3, request, upload, proxy, tls)
             except _DeadConnection:
-                upload = _Upload(request.body, clock)
-                opened = _open_pooled(urllib3, request, upload, proxy, tls, fresh=True)
+                upload = _Upload(request.body, clock, fresh=True)
+                opened = _open_pooled(urllib3, request, upload, proxy, tls)
         else:
             opened = _open_plain(request, upload, proxy, tls)
         response, release = opened
@@ -2310,17 +2317,11 @@ def _open_pooled(
     upload: _Upload,
     proxy: Optional[_Proxy],
     tls: Optional[_TLS],
-    *,
-    fresh: bool,
 ) -> _Opened:
-    """On urllib3, whose response keeps the http.client.HTTPResponse that we read.
-
-    fresh: on no kept connection, where the pool is ours.
-    """
+    """On urllib3, whose response keeps the http.client.HTTPResponse that we read."""
     pool = request.pool
     if pool is None:
-        make = _make_pool if fresh else _shared_pool
-        pool = make(
+        pool = _shared_pool(
             urllib3,
             proxy,
             tls,
@@ -2353,14 +2354,14 @@ def _open_pooled(
         # Of a pool of the caller's we see only whether it has opened a connection.
         kept = opened is not None and opened == _count_connections(pool, origin)
         broken = isinstance(_root_cause(error), ConnectionError) and upload.sent
-        if kept and broken and not fresh:
+        if kept and broken and not upload.fresh:
             raise _DeadConnection from error
         raise
     # Its own read1() costs three times as much (and 1.26 has none).
     response = getattr(wrapper, "_original_response", None) or wrapper
 
     def release(reusable: bool) -> None:
-        if fresh or not reusable:
+        if not reusable:
             wrapper.close()
         wrapper.release_conn()
 
@@ -2373,13 +2374,15 @@ def _count_connections(pool: Any, origin: str) -> Optional[int]:
     return getattr(pool.connection_from_url(origin), "num_connections", None)
 
 
-def _make_pool(
+@lru_cache(maxsize=16)
+def _shared_pool(
     urllib3: Any,
     proxy: Optional[_Proxy],
     tls: Optional[_TLS],
     connection: Any,
     tls_connection: Any,
 ) -> Any:
+    """One pool for all calls with the same proxy, certificates and connection classes."""
     options: dict[str, Any] = {
         "maxsize": _POOL_SIZE,
         "socket_options": [
@@ -2411,9 +2414,6 @@ def _make_pool(
     }
     return manager
 
-
-#: One pool for all calls with the same proxy, certificates and connection classes.
-_shared_pool = lru_cache(maxsize=16)(_make_pool)
 
 if hasattr(os, "register_at_fork"):  # a forked child must not write to our connections
     os.register_at_fork(after_in_child=_shared_pool.cache_clear)

@@ -7,11 +7,15 @@ ever replaced, and no test depends on how fast the machine is.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import email.utils
 import gc
 import gzip
+import http.client
+import importlib.util
+import io
 import json
 import logging
 import os
@@ -29,6 +33,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+import typing
 import warnings
 import zlib
 
@@ -3121,6 +3127,843 @@ def test_fuzz_framings_of_the_same_chunks():
 
 
 # --------------------------------------------------------------------------------------
+# Whose connection, whose exception, whose time
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "interim", ["102 Processing", "103 Early Hints", "100 Continue"]
+)
+def test_a16_interim_replies_are_read_past(transport, interim):
+    early = head(interim, "Link: </x>", type=None) * 2
+    with Server(
+        [early + reply(sse(C("a"), STOP, DONE))], [reply(sse(C("b"), STOP, DONE))]
+    ) as server:
+        assert list(ask(server)) == [A, END]
+        assert list(ask(server)) == [B, END]
+
+
+def test_a16_but_not_for_ever(transport):
+    early = head("103 Early Hints", type=None) * 100
+    with Server([early + reply(PLAIN)]) as server:
+        _, failure = collect(ask(server))
+    assert type(failure) is cs.TransportError
+
+
+def test_a16_101_is_an_error(transport):
+    with Server([head("101 Switching Protocols", type=None)]) as server:
+        _, failure = collect(ask(server))
+    assert (type(failure), failure.status) == (cs.StatusError, 101)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [reply(sse(C("a"), STOP, DONE)) * 2],
+        [head("200 OK", f"Content-Length: {len(sse(STOP))}") + sse(STOP) * 2],
+        [CHUNKED + chunked(sse(C("a"), STOP, DONE)) + b"0\r\n\r\n" + b"junk"],
+    ],
+)
+def test_what_is_left_behind_an_answer_is_not_the_next_one(transport, script):
+    with Server(script, [reply(sse(C("b"), STOP, DONE))]) as server:
+        list(ask(server))
+        assert list(ask(server)) == [B, END]
+        assert server.connections == 2
+
+
+def test_tls_holds_no_answer_back_for_the_next_call(
+    transport, certificates, monkeypatch
+):
+    folder, context = certificates
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))
+    size = 16384 - len(reply(sse(C("", pad=""), STOP, DONE)))
+    first = reply(sse(C("", pad="x" * (size // 2)), STOP, DONE))
+    answers = [first + reply(sse(C("a"), STOP, DONE))], [reply(sse(C("b"), STOP, DONE))]
+    with Server(*answers, tls=context("good")) as server:
+        list(ask(server))
+        assert list(ask(server)) == [B, END]
+
+
+@needs_urllib3
+@pytest.mark.parametrize("end", [CLOSE, RESET])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_kept_connection_that_dies_costs_nothing(end, own, caplog):
+    """The server closes when the next request comes, as uvicorn does after a 500."""
+    pool = urllib3.PoolManager() if own else None
+    with Server(*[[reply(PLAIN)], [end]] * 3, [reply(PLAIN)]) as server:
+        for _ in range(3):
+            assert list(ask(server, max_retries=0, pool=pool)) == [A, B, END]
+    assert warnings_in(caplog) == []
+    if pool:
+        pool.clear()
+
+
+@needs_urllib3
+def test_a_new_connection_that_dies_is_a_try():
+    with Server([RESET]) as server:
+        _, failure = collect(ask(server))
+    assert (type(failure), failure.attempts, len(server.requests)) == (
+        cs.TransportError,
+        1,
+        1,
+    )
+
+
+@needs_urllib3
+def test_a_kept_connection_that_dies_in_the_reply_is_a_try():
+    with Server([reply(PLAIN)], [b"HTTP/1.1 2", CLOSE]) as server:
+        list(ask(server))
+        _, failure = collect(ask(server))
+    assert (type(failure), len(server.requests)) == (cs.TransportError, 2)
+
+
+def test_sockets_have_keepalive(transport):
+    seen = []
+
+    def look(sock, file):
+        seen.append(events.gi_frame is not None)
+
+    with Server([CHUNKED + chunked(sse(C("a"))), look, HOLD]) as server:
+        events = ask(server)
+        next(events)
+        sock = cs._clocks[events]._sock
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+        events.close()
+
+
+class Alarm(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def alarm(error, seconds=0.1):
+    """A signal whose handler raises, while the block runs."""
+
+    def handler(number, frame):
+        raise error
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+PHASES = {
+    "headers": ([HOLD], []),
+    "body": ([UNFINISHED, HOLD], [A]),
+    "inside a chunk": ([CHUNKED + b"fff\r\n" + sse(C("a")), HOLD], [A]),
+    "error body": ([head("400 No", "Content-Length: 9"), HOLD], []),
+    "retry": ([error("503 Busy", {}, "Retry-After: 60")], []),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "error", [TimeoutError("mine"), OSError("mine"), ConnectionResetError("mine"), ValueError("mine"), Alarm("mine")],
+    ids=lambda e: type(e).__name__,
+)  # fmt: skip
+def test_a_signal_handlers_exception_is_the_callers(transport, phase, error):
+    script, events = PHASES[phase]
+    with Server(script) as server:
+        got = []
+        with pytest.raises(type(error), match=r"^mine$") as caught, alarm(error):
+            for event in ask(server, max_retries=3):
+                got.append(event)
+    assert caught.value is error
+    assert got == events
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("error", [TimeoutError("mine"), ValueError("mine")])
+def test_a_signal_handlers_exception_while_connecting(transport, error):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(type(error), match=r"^mine$"), alarm(error):
+            list(ask(url, max_retries=3))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_deadline(transport, phase):
+    script, events = PHASES[phase]
+    with Server(script) as server:
+        started = time.monotonic()
+        got, failure = collect(ask(server, deadline=0.3, max_retries=3))
+        assert time.monotonic() - started < 10
+    assert got == events
+    assert len(server.requests) == 1
+    if phase == "retry":  # a wait that would outlast it is not begun
+        assert type(failure) is cs.RetryLimitError
+    elif phase == "error body":
+        assert (type(failure), failure.status) == (cs.StatusError, 400)
+    else:
+        assert (type(failure), failure.seconds) == (cs.DeadlineError, 0.3)
+        assert isinstance(failure, TimeoutError)
+        assert server.url in str(failure)
+
+
+@pytest.mark.parametrize("piece", [b": x\n\n", b"x"])
+def test_deadline_while_bytes_come(transport, piece):
+    def pour(sock, file):
+        while True:
+            sock.sendall(piece if piece == b"x" else chunked(piece))
+            server.stopping.wait(0.01)
+
+    start = b"HTTP/1.1 200 OK\r\nX: " if piece == b"x" else CHUNKED
+    with Server([start, pour]) as server:
+        _, failure = collect(ask(server, deadline=0.4))
+    assert type(failure) is cs.DeadlineError
+
+
+def test_deadline_while_sending(transport):
+    with Server([DEAF, lambda *_: server.stopping.wait(PATIENCE)]) as server:
+        _, failure = collect(ask(server, "x" * (32 << 20), deadline=0.4))
+    assert type(failure) is cs.DeadlineError
+
+
+def test_deadline_while_connecting(transport):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
+        _, failure = collect(ask(url, deadline=0.3, connect_timeout=None))
+    assert type(failure) is cs.DeadlineError
+
+
+def test_deadline_counts_the_callers_own_time(transport):
+    with Server([UNFINISHED, 0.6, chunked(sse(STOP)), HOLD]) as server:
+        events = ask(server, deadline=0.4)
+        assert next(events) == A
+        threading.Event().wait(0.5)
+        with pytest.raises(cs.DeadlineError):
+            list(events)
+
+
+def test_deadline_after_a_finished_answer(transport, caplog):
+    with Server([FINISHED, HOLD]) as server:
+        assert list(ask(server, deadline=0.3)) == [A, END]
+        got, failure = collect(ask(server, deadline=0.3, strict=True))
+    assert (got, type(failure)) == ([A], cs.DeadlineError)
+
+
+def test_deadline_is_far_away(transport):
+    with Server([reply(PLAIN)]) as server:
+        assert list(ask(server, deadline=PATIENCE)) == [A, B, END]
+
+
+@pytest.mark.parametrize(
+    "drip", [b"1", b"0;x", b"0\r\nX: y\r\n", b"5\r\n: x\n\n\r\n", b""],
+    ids=["size", "extension", "trailer", "comments", "gzip"],
+)  # fmt: skip
+def test_event_timeout_is_wall_time(transport, drip):
+    """Also where bytes come as fast as we read."""
+
+    def pour(sock, file):
+        if not drip:
+            packer = zlib.compressobj(wbits=31)
+            comments = packer.compress(b": x\n\n" * 40_000_000) + packer.flush()
+            sock.sendall(chunked(comments))
+        for _ in range(3_000):
+            sock.sendall(
+                (drip or chunked(b": x\n\n"))[: 1 if drip in (b"1", b"0;x") else None]
+            )
+            if server.stopping.wait(0.001 if drip[:1] in b"01" else 0):
+                return
+
+    with Server([UNFINISHED, pour, HOLD]) as server:
+        got, failure = collect(ask(server, event_timeout=0.3, idle_timeout=PATIENCE))
+    assert got == [A]
+    assert type(failure) in (cs.IdleTimeoutError, cs.TruncatedStreamError)
+    assert drip in (b"1", b"0\r\nX: y\r\n") or type(failure) is cs.IdleTimeoutError
+
+
+@pytest.mark.parametrize("keepalive", [{"choices": []}, {"type": "ping"}, {"id": "c1"}])
+@pytest.mark.parametrize("raw", [False, True])
+def test_b23_keepalive_chunks_restart_no_clock(transport, keepalive, raw):
+    def pour(sock, file):
+        while not server.stopping.wait(0.05):
+            sock.sendall(chunked(sse(keepalive)))
+
+    with Server([CHUNKED, pour]) as server:
+        got, failure = collect(ask(server, event_timeout=0.4, raw=raw))
+    assert type(failure) is cs.IdleTimeoutError
+    assert {type(e) for e in got} <= {Chunk}
+
+
+def test_the_texts_of_timeouts(transport):
+    with Server([HOLD], [UNFINISHED, HOLD]) as server:
+        _, before = collect(ask(server, idle_timeout=0.25))
+        _, after = collect(ask(server, idle_timeout=0.25))
+    assert "the server sent nothing for 0.25 s before the headers" in str(before)
+    assert "the server sent nothing for 0.25 s (idle_timeout)" in str(after)
+    assert server.url in str(before)
+    assert server.url in str(after)
+
+
+# --------------------------------------------------------------------------------------
+# cancel()
+# --------------------------------------------------------------------------------------
+
+
+def cancel_soon(events):
+    timer = threading.Timer(0.1, cs.cancel, [events])
+    timer.start()
+    return timer
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("aggregated", [False, True])
+def test_cancel_in_each_phase(transport, phase, aggregated):
+    script, events = PHASES[phase]
+    with Server(script) as server:
+        call = ask(server, max_retries=3)
+        timer = cancel_soon(call)
+        started = time.monotonic()
+        got, failure = collect(cs.aggregate(call) if aggregated else call)
+        assert time.monotonic() - started < 10
+        timer.join()
+    assert type(failure) is cs.CancelledError
+    assert got == ([] if aggregated else events)
+    assert failure.partial == ((Message(content="a"),) if aggregated and events else ())
+
+
+@pytest.mark.parametrize("phase", ["headers", "body"])
+def test_tls_cancel(transport, certificates, monkeypatch, phase):
+    folder, context = certificates
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))
+    script, events = PHASES[phase]
+    with Server(script, tls=context("good")) as server:
+        call = ask(server)
+        timer = cancel_soon(call)
+        got, failure = collect(call)
+        timer.join()
+    assert (got, type(failure)) == (events, cs.CancelledError)
+
+
+def test_cancel_before_the_first_event(transport):
+    with Server() as server:
+        call = ask(server)
+        cs.cancel(call)
+        with pytest.raises(cs.CancelledError):
+            next(call)
+        assert server.connections == 0
+
+
+def test_cancel_between_two_events(transport):
+    with Server([reply(PLAIN)]) as server:
+        call = ask(server)
+        assert next(call) == A
+        cs.cancel(call)
+        with pytest.raises(cs.CancelledError):
+            next(call)
+        server.wait_for_leaving()
+
+
+def test_cancel_after_the_end_does_nothing(transport):
+    with Server([reply(PLAIN)]) as server:
+        call = ask(server)
+        assert list(call) == [A, B, END]
+        cs.cancel(call)
+        assert list(call) == []
+        assert list(ask(server)) == [A, B, END]
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 5, [A], iter([A]), cs.aggregate([A]), cs.decode([b""])]
+)
+def test_cancel_wants_what_stream_returned(wrong):
+    with pytest.raises(TypeError, match=r"stream\(\)"):
+        cs.cancel(wrong)
+
+
+def test_a_cancelled_call_harms_no_other(transport):
+    """Its connection may be another call's by now."""
+    with Server(
+        [reply(PLAIN)],
+        [UNFINISHED, 0.3, chunked(sse(C("b"), STOP, DONE)) + b"0\r\n\r\n"],
+    ) as server:
+        first = ask(server)
+        assert list(first) == [A, B, END]
+        second = ask(server)
+        assert next(second) == A
+        cs.cancel(first)
+        assert list(second) == [B, END]
+
+
+# --------------------------------------------------------------------------------------
+# Input that means harm
+# --------------------------------------------------------------------------------------
+
+
+def test_choices_and_calls_have_a_limit():
+    many = {"choices": [{"index": n} for n in range(cs._MAX_CHOICES + 1)]}
+    assert str(cs._MAX_CHOICES) in str(decode([sse(many)])[1])
+    calls = [tool(None, f"i{n}", "f", "{}") for n in range(cs._MAX_CALLS + 1)]
+    got, failure = decode([sse(*calls)])
+    assert (len(got), type(failure)) == (cs._MAX_CALLS, cs.StreamError)
+
+
+def test_empty_objects_cost_no_memory(monkeypatch):
+    monkeypatch.setattr(cs, "_MAX_OBJECTS", 1000)
+    body = b'data: {"choices":[' + b"{}," * 2000 + b"{}]}\n\n"
+    _, failure = decode([body])
+    assert "1000 JSON objects" in str(failure)
+
+
+def test_indexes_without_end_are_forgotten():
+    answer = [tool(0, "i", "f", "")] + [
+        tool(n, None, None, "x") for n in range(1, 5000)
+    ]
+    (message, _) = cs.aggregate(decode([sse(*answer, DONE)])[0])
+    assert message.tool_calls[0].arguments == "x" * 4999
+
+
+def test_a_long_reason_is_cut():
+    got, _ = decode([sse(C("a", finish="x" * 100_000))])
+    assert len(got[-1].finish_reason) == cs._MAX_REASON
+
+
+@pytest.mark.parametrize("status", ["200 OK", "400 Bad"])
+def test_texts_of_errors_are_bounded_and_plain(transport, status):
+    body = {"error": {"message": "\x1b[31mred\x9b1m " + "x" * 60_000}}
+    with Server([error(status, body, f"Location: {'/' * 60_000}")]) as server:
+        _, failure = collect(ask(server))
+    assert len(failure.message) <= 2000
+    assert len(str(failure)) <= 4200
+    assert failure.message.startswith("[31mred")
+    assert str(failure).isprintable()
+
+
+def test_a_location_of_slashes(transport):
+    with Server([error("302 Moved", {}, f"Location: {'/' * 60_000}")]) as server:
+        _, failure = collect(ask(server))
+    assert len(str(failure)) <= 4200
+
+
+def test_deep_json_is_text_that_nobody_can_read():
+    for deep in ("[" * 100_000, '{"a":' * 100_000, "[" * 5000 + "]" * 5000):
+        got, failure = decode([sse(C("a"), deep, STOP)])
+        assert failure is None
+        assert got[-1].skipped == 1
+
+
+def test_numbers_without_end():
+    got, failure = decode(
+        [b'data: {"choices":[],"x":' + b"9" * 100_000 + b"}\n\n" + PLAIN]
+    )
+    assert failure is None
+    assert got[:2] == [A, B]
+
+
+# --------------------------------------------------------------------------------------
+# What people ask for first
+# --------------------------------------------------------------------------------------
+
+
+def test_complete(transport):
+    with Server([reply(PLAIN)]) as server:
+        options = {"model": "m", "base_url": server.url, "temperature": 0.5}
+        assert cs.complete("hello", **options) == Message(
+            content="ab", finish_reason="stop"
+        )
+    assert server.requests[0].json["temperature"] == 0.5
+    assert server.connections == 1
+
+
+def test_complete_of_an_answer_that_says_nothing(transport):
+    with Server([reply(sse(STOP, DONE))]) as server:
+        got = cs.complete("hello", model="m", base_url=server.url)
+    assert got == Message(finish_reason="stop")
+
+
+def test_complete_raises_with_what_had_arrived(transport):
+    with Server([UNFINISHED, CLOSE]) as server:
+        with pytest.raises(cs.TruncatedStreamError) as caught:
+            cs.complete("hello", model="m", base_url=server.url)
+    assert caught.value.partial == (Message(content="a"),)
+
+
+def test_reply_headers(transport):
+    headers = ["X-RateLimit-Remaining: 7", "Set-Cookie: a=b", "Via: one", "Via: two"]
+    with Server(
+        [reply(PLAIN, "200 OK", *headers)], [error("429 Slow", {}, *headers)]
+    ) as server:
+        for found in (list(ask(server))[-1], collect(ask(server))[1]):
+            assert found.headers["x-ratelimit-remaining"] == "7"
+            assert found.headers["via"] == "one, two"
+            assert "set-cookie" not in found.headers
+            assert "x-ratelimit" not in repr(found)
+
+
+@pytest.mark.parametrize("name", cs._OTHER_NAMES)
+def test_names_of_other_clients_are_refused(name):
+    with pytest.raises(TypeError, match=f"^{name}: ") as caught:
+        cs.stream("x", model="m", base_url=URL, **{name: KEY})
+    assert cs._OTHER_NAMES[name] in str(caught.value)
+    assert KEY not in str(caught.value)
+    cs.stream("x", model="m", base_url=URL, extra_body={name: 1}).close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1\\.trusted.example/v1", "http://a..b/v1", "http://-/v1\\x", "http://x y/", "http://%41/v1",
+     "http://x/v1/chat/completions", "http://x/chat/completions/", "http://" + "a" * 70 + ".b/v1"],
+)  # fmt: skip
+def test_base_urls_that_are_refused(url):
+    with pytest.raises(ValueError, match="base_url"):
+        cs.stream("x", model="m", base_url=url)
+
+
+@pytest.mark.parametrize("url", ["http://my_box:8080/v1", "http://[::1]:8/v1", "http://[fe80::1%25eth0]/v1",
+                                 "http://a.b.", "https://xn--bcher-kva.example/v1", "http://bücher.example"])  # fmt: skip
+def test_base_urls_that_are_taken(url):
+    cs.stream("x", model="m", base_url=url).close()
+
+
+def test_a_key_from_the_environment_is_stripped(transport, monkeypatch):
+    monkeypatch.setenv("GROQ_API_KEY", f" {KEY}\r\n")
+    with Server() as server:
+        list(ask(server, provider="groq"))
+    assert server.requests[0].header("Authorization") == f"Bearer {KEY}"
+
+
+def test_a_401_without_a_key_says_so(transport):
+    with Server([error("401 No", {"error": "who are you"})]) as server:
+        assert "no key was sent" in str(collect(ask(server))[1])
+        assert "no key was sent" not in str(collect(ask(server, api_key=KEY))[1])
+        assert "no key was sent" not in str(
+            collect(ask(server, headers={"api-key": KEY}))[1]
+        )
+
+
+def test_a_404_without_a_path_asks_for_v1(transport):
+    with Server([error("404 No", {})]) as server:
+        assert "/v1?" in str(collect(ask(server, base_url=server.origin))[1])
+        assert "/v1?" not in str(collect(ask(server))[1])
+
+
+def test_empty_messages_are_called_empty():
+    with pytest.raises(ValueError, match=r"^messages: empty"):
+        cs.stream([], model="m", base_url=URL)
+
+
+@pytest.mark.parametrize(
+    "code, kind, times",
+    [(429, None, 2), ("503", None, 2), (None, "server_error", 2), ("overloaded_error", None, 2),
+     (400, None, 1), ("x", "y", 1), (429, "insufficient_quota", 1), (200, None, 1)],
+)  # fmt: skip
+def test_an_error_as_first_word_is_like_a_status(transport, sleeps, code, kind, times):
+    bad = [reply(sse({"error": {"message": "boom", "code": code, "type": kind}}))]
+    with Server(bad) as server:
+        got, failure = collect(ask(server, max_retries=1))
+    assert (got, type(failure), failure.message) == ([], cs.ServerError, "boom")
+    assert len(server.requests) == times
+    with Server(bad, [reply(PLAIN)]) as server:
+        assert (collect(ask(server, max_retries=1))[0] == [A, B, END]) is (times == 2)
+
+
+def test_an_error_as_second_word_is_not(transport, sleeps):
+    with Server([reply(sse(C("a"), {"error": {"code": 429}}))]) as server:
+        got, failure = collect(ask(server, max_retries=2))
+    assert (got, type(failure), len(server.requests)) == ([A], cs.ServerError, 1)
+
+
+@pytest.mark.parametrize("wrong", ["hi", [1], [None], [{"text": "a"}]])
+def test_aggregate_names_what_is_no_event(wrong):
+    with pytest.raises(TypeError, match=r"str|int|NoneType|dict"):
+        list(cs.aggregate(wrong))
+
+
+def test_aggregate_names_an_event_of_a_second_copy():
+    spec = importlib.util.spec_from_file_location("second_copy", cs.__file__)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["second_copy"] = module
+    spec.loader.exec_module(module)
+    del sys.modules["second_copy"]
+    with pytest.raises(TypeError, match=r"second_copy\.TextDelta"):
+        list(cs.aggregate([module.TextDelta("a")]))
+
+
+def test_errors_keep_their_fields_on_the_instance():
+    """Ray's wrappers are subclasses that look fields up in the original."""
+    for failure in ERRORS:
+        for name in vars(failure):
+            assert not hasattr(type(failure), name), name
+
+        class Wrapped(type(failure)):
+            def __init__(self, cause):
+                self.cause = cause
+                self.args = (cause,)
+
+            def __getattr__(self, name):
+                return getattr(self.cause, name)
+
+        wrapped = Wrapped(failure)
+        for name, value in vars(failure).items():
+            assert getattr(wrapped, name) == value
+        assert set(vars(type(failure)())) == set(vars(failure))
+
+
+def test_type_hints_can_be_looked_up():
+    for name in ("stream", "complete", "aggregate", "decode", "cancel"):
+        assert typing.get_type_hints(getattr(cs, name))
+
+
+def test_a_pool_that_is_not_http_clients():
+    class Pool:
+        pool_classes_by_scheme = {"http": type("P", (), {"ConnectionCls": object})}
+        connection_from_url = urlopen = None
+
+    with pytest.raises(TypeError, match="urllib3 itself"):
+        cs.stream("x", model="m", base_url=URL, pool=Pool())
+
+
+def test_something_else_under_the_name_of_urllib3(monkeypatch):
+    fake = types.ModuleType("urllib3")
+    fake.connection = types.SimpleNamespace(HTTPConnection=object)
+    monkeypatch.setitem(sys.modules, "urllib3", fake)
+    with Server([reply(PLAIN)]) as server:
+        assert list(ask(server)) == [A, B, END]
+        assert server.requests[0].header("Connection") is None
+
+
+class Recorded:
+    """What a tool such as vcrpy puts in the place of a response: no file, no framing."""
+
+    def __init__(self, status, body):
+        self.status, self.reason, self._body = status, "", io.BytesIO(body)
+        self.headers = {"Transfer-Encoding": "chunked", "X-Request-Id": "r"}
+
+    def read1(self, size):
+        return self._body.read1(size)
+
+    def close(self):
+        pass
+
+
+def test_a_response_without_a_file(monkeypatch):
+    monkeypatch.setitem(sys.modules, "urllib3", None)
+    recorded = [Recorded(200, PLAIN), Recorded(404, b'{"error":"gone"}')]
+
+    class Connection(http.client.HTTPConnection):
+        def connect(self):
+            self.sock = socket.socket()
+
+        def request(self, *args, **options):
+            pass
+
+        def getresponse(self, *args):
+            return recorded.pop(0)
+
+    monkeypatch.setattr(http.client, "HTTPConnection", Connection)
+    assert list(ask(URL)) == [A, B, completed(request_id="r")]
+    _, failure = collect(ask(URL))
+    assert (failure.status, failure.message) == (404, "gone")
+
+
+# --------------------------------------------------------------------------------------
+# Secrets, proxies, certificates once more
+# --------------------------------------------------------------------------------------
+
+
+def test_a_key_with_a_slash_that_comes_back_escaped(transport):
+    key = "sk/abc/defghij+klm"
+    body = (
+        json.dumps({"error": {"message": f"bad key {key}"}})
+        .replace("/", "\\/")
+        .encode()
+    )
+    with Server([error("401 No", body)]) as server:
+        _, failure = collect(ask(server, api_key=key))
+    assert "defghij" not in everything_about(failure)
+    assert "***" in failure.body
+
+
+def test_a_secret_that_begins_another(transport):
+    body = {"error": {"message": f"{KEY}-and-more and {KEY}"}}
+    with Server([error("401 No", body)]) as server:
+        _, failure = collect(
+            ask(server, api_key=KEY, headers={"x-key": KEY + "-and-more"})
+        )
+    assert failure.message == "*** and ***"
+
+
+def test_a_quotation_cuts_no_secret_in_half(transport, caplog):
+    text = "x" * 190 + KEY + "y" * 100
+    with Server([reply(sse(C("a"), text, STOP))], [reply(text.encode())]) as server:
+        list(ask(server, api_key=KEY))
+        _, failure = collect(ask(server, api_key=KEY))
+    for shown in (str(failure), *warnings_in(caplog)):
+        assert KEY[:6] not in shown
+
+
+def test_the_logged_body_hides_secrets(transport, caplog):
+    caplog.set_level(logging.DEBUG, "chatstream")
+    with Server() as server:
+        list(ask(server, api_key=KEY, extra_body={"api_key": KEY}))
+    assert KEY not in "".join(r.getMessage() for r in caplog.records)
+
+
+def test_a_proxy_url_that_cannot_be_parsed(transport, monkeypatch, caplog):
+    monkeypatch.setenv("HTTP_PROXY", "http://bob:hid\uff1aden@127.0.0.1:1")
+    _, failure = collect(ask("http://upstream.test/v1", max_retries=2))
+    assert (type(failure), failure.attempts) == (cs.TransportError, 1)
+    assert "hid" not in everything_about(failure)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.9.1", "LOCALHOST."])
+def test_loopback_goes_through_no_proxy(transport, monkeypatch, host):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with Server([reply(PLAIN)]) as server:
+        got, failure = collect(ask(server.url.replace("127.0.0.1", host)))
+    assert "proxy" not in str(failure)
+    assert got == [A, B, END] or host not in ("localhost", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "host, no_proxy, direct",
+    [
+        ("api.x.test", "x.test", True),
+        ("api.x.test", ".x.test", True),
+        ("api.x.test", "*.x.test", True),
+        ("apix.test", "x.test", False),
+        ("x.test", "a.test, b.test\n\tX.TEST", True),
+        ("x.test", "a.test b.test", False),
+        ("x.test", "x.test:80", True),
+        ("x.test", "x.test:81", False),
+        ("x.test", "*", True),
+        ("x.test", "", False),
+        ("10.1.2.3", "10.0.0.0/8", True),
+        ("10.1.2.3", "10.1.2.3", True),
+        ("10.1.2.3", "1.2.3", False),
+        ("11.1.2.3", "10.0.0.0/8,nonsense/99", False),
+        ("fd00::5", "fd00::/8", True),
+        ("fd00::5", "[fd00::5]", True),
+    ],
+)
+def test_no_proxy_entries(monkeypatch, host, no_proxy, direct):
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.test:3128")
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    found = cs._find_proxy(cs._URL("http", host, 80, "/"))
+    assert (found is None) is direct
+
+
+def test_a_proxy_is_named_in_errors(transport, monkeypatch):
+    with Server([error("502 Bad", {"error": "upstream"})], [CLOSE]) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://bob:hidden@127.0.0.1:{proxy.port}")
+        failures = [collect(ask("http://upstream.test/v1"))[1] for _ in range(2)]
+    for failure in failures:
+        assert f"through the proxy http://127.0.0.1:{proxy.port}" in str(failure)
+        assert "hidden" not in everything_about(failure)
+
+
+@needs_urllib3
+def test_a_proxy_of_the_callers_is_named(transport):
+    with Server([error("502 Bad", {"error": "upstream"})]) as proxy:
+        with urllib3.ProxyManager(f"http://bob:hidden@127.0.0.1:{proxy.port}") as pool:
+            if transport == "http.client":
+                return
+            _, failure = collect(ask("http://upstream.test/v1", pool=pool))
+    assert f"through the proxy http://127.0.0.1:{proxy.port}" in str(failure)
+    assert "hidden" not in everything_about(failure)
+
+
+@pytest.mark.parametrize(
+    "status, times", [("407 No", 1), ("403 No", 1), ("502 Bad", 3)]
+)
+def test_a_connect_that_is_refused(transport, monkeypatch, sleeps, status, times):
+    with Server([head(status, "Content-Length: 0"), CLOSE]) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://bob:hidden@127.0.0.1:{proxy.port}")
+        _, failure = collect(ask("https://upstream.test/v1", max_retries=2))
+    assert (type(failure), len(proxy.requests)) == (cs.TransportError, times)
+    assert status[:3] in str(failure)
+
+
+def test_tls_wrong_version_asks_for_http(transport, sleeps):
+    def speak(sock, file):
+        sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _ = listener.accept()
+                    with sock:
+                        sock.recv(9999)
+                        speak(sock, None)
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
+        _, failure = collect(ask(url, max_retries=3))
+    assert (type(failure), failure.attempts) == (cs.TransportError, 1)
+    assert "is it http://?" in str(failure)
+
+
+def test_tls_alerts_are_final(transport, certificates, monkeypatch, sleeps):
+    folder, context = certificates
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))
+    old = context("good")
+    old.verify_mode = ssl.CERT_REQUIRED  # asks for a certificate that we do not have
+    old.load_verify_locations(folder / "ca.pem")
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    with Server([reply(PLAIN)], tls=old) as server:
+        _, failure = collect(ask(server, max_retries=3))
+    assert (type(failure), failure.attempts) == (cs.TransportError, 1)
+
+
+def test_tls_certificate_file_that_cannot_be_read(
+    transport, monkeypatch, tmp_path, sleeps
+):
+    for content in (None, "no certificate"):
+        file = tmp_path / "ca.pem"
+        if content:
+            file.write_text(content)
+        monkeypatch.setenv("SSL_CERT_FILE", str(file))
+        _, failure = collect(ask("https://127.0.0.1:9/v1", max_retries=3))
+        assert (type(failure), failure.attempts) == (cs.TransportError, 1)
+        assert str(file) in str(failure)
+
+
+@pytest.mark.parametrize("has_certifi", [True, False])
+def test_tls_without_authorities(
+    transport, certificates, monkeypatch, tmp_path, has_certifi
+):
+    """As in python.org's builds for macOS, and in bare containers."""
+    folder, context = certificates
+    monkeypatch.setattr(cs, "_has_authorities", lambda context: False)
+    fake = types.ModuleType("certifi")
+    fake.where = lambda: str(folder / "ca.pem")
+    monkeypatch.setitem(sys.modules, "certifi", fake if has_certifi else None)
+    cs._tls_context.cache_clear()
+    with Server([reply(PLAIN)], tls=context("good")) as server:
+        got, failure = collect(ask(server, max_retries=2))
+    cs._tls_context.cache_clear()
+    if has_certifi:
+        assert got == [A, B, END]
+    else:
+        assert type(failure) is cs.TransportError
+        assert "install certifi" in str(failure)
+
+
+def test_tls_an_empty_store_is_seen(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
+    assert not cs._has_authorities(ssl.create_default_context())
+    (tmp_path / "12345678.0").write_text("")
+    assert cs._has_authorities(ssl.create_default_context())
+
+
+def test_tls_a_python_without_ssl(transport, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ssl", None)
+    _, failure = collect(ask("https://127.0.0.1:9/v1", max_retries=2))
+    assert (type(failure), failure.attempts) == (cs.TransportError, 1)
+    assert "no ssl module" in str(failure)
+
+
+# --------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------
 
@@ -3368,6 +4211,161 @@ def test_cli_help_fits_one_screen(capsys):
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 40
     assert "--demo" in text
+
+
+@pytest.mark.parametrize(
+    "words, piped, prompt",
+    [
+        (["Sum", "up:"], b"text \xc3\xa9\n", "text é\n\nSum up:"),
+        (["Sum", "up:"], b"", "Sum up:"),
+        (["Sum", "-", "up"], b"text\n", "Sum text up"),
+        (["-"], b"text\n\n", "text"),
+        ([], b"text", "text"),
+    ],
+)
+def test_cli_words_and_a_pipe(words, piped, prompt):
+    with Server([reply(PLAIN)]) as server:
+        run = command("-m", "m", "-u", server.url, *words, input=piped)
+    assert (run.returncode, run.stdout) == (0, b"ab\n")
+    assert server.requests[0].json["messages"][0]["content"] == prompt
+
+
+def test_cli_a_file_on_standard_input(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with Server([reply(PLAIN)]) as server, open(tmp_path / "file") as file:
+        run = command("-m", "m", "-u", server.url, "words", stdin=file)
+    assert run.returncode == 0
+    assert server.requests[0].json["messages"][0]["content"] == "text\n\nwords"
+
+
+def test_cli_who_waits_for_input_is_told_so():
+    with Server([reply(PLAIN)]) as server:
+        child = subprocess.Popen(
+            [sys.executable, "chatstream.py", "-m", "m", "-u", server.url],
+            cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        with child:
+            assert b"waiting for the prompt" in child.stderr.readline()
+            child.stdin.write(b"x")
+            child.stdin.close()
+            assert child.stdout.read() == b"ab\n"
+
+
+@pytest.mark.parametrize("args", [["--demo"], ["--demo", "x"]])
+def test_cli_demo_reads_no_standard_input(args):
+    child = subprocess.Popen(
+        [sys.executable, "chatstream.py", *args],
+        cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with child:
+        assert b"You said" in child.stdout.read()
+
+
+def test_cli_options_of_the_body(capsys):
+    options = ["temperature=0.5", "stop=[1]", "user=bob", "a=b=c", "timeout=3"]
+    with Server([reply(sse(C("a", usage=USAGE), STOP, DONE))]) as server:
+        args = [word for option in options for word in ("-o", option)]
+        assert (
+            cs._main(
+                ["-m", "m", "-u", server.url, "--usage", "-s", "brief", *args, "x"]
+            )
+            == 0
+        )
+    body = server.requests[0].json
+    assert (body["temperature"], body["stop"], body["user"]) == (0.5, [1], "bob")
+    assert (body["a"], body["timeout"]) == ("b=c", 3)
+    assert body["stream_options"] == {"include_usage": True}
+    assert body["messages"][0] == {"role": "system", "content": "brief"}
+    out, err = capsys.readouterr()
+    assert out == "a\n"
+    assert "1 prompt + 2 completion = 3 tokens" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["-o", "nonsense"], "-o: expected NAME=VALUE"),
+        (["-u", URL, "-o", "stream=false", "x"], "-o: stream"),
+        (["-u", "nonsense", "x"], "-u: base_url"),
+        (["-p", "nobody", "x"], "-p: provider"),
+        (["-u", URL, ""], "PROMPT: empty"),
+        (["-u", "http://127.0.0.1:9/v1/chat/completions", "x"], "-u: base_url"),
+    ],
+)
+def test_cli_names_the_option(args, text):
+    run = command("-m", "m", *args, stdin=subprocess.DEVNULL)
+    assert run.returncode == 2
+    assert text in run.stderr.decode()
+
+
+def test_cli_a_missing_key_names_the_option(capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert cs._main(["-m", "m", "x"]) == 1
+    assert "--key-env NAME" in capsys.readouterr().err
+
+
+def test_cli_errors_stand_on_a_line_of_their_own():
+    with Server([UNFINISHED, CLOSE], [reply(sse(C("a"), DONE))]) as server:
+        for code in (1, 3):
+            run = subprocess.run(
+                [sys.executable, "chatstream.py", "-m", "m", "-u", server.url, "x"],
+                cwd=HERE, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            assert run.returncode == code
+            lines = run.stdout.decode().splitlines()
+            assert lines[0] == "a"
+            assert all(line.startswith("chatstream: ") for line in lines[1:] if line)
+
+
+def test_cli_reasoning_and_text_stand_on_lines_of_their_own(capsys):
+    chunks = (
+        C(delta={"reasoning_content": "hm"}),
+        C("a"),
+        C(delta={"reasoning_content": "ok"}),
+        C("b"),
+        STOP,
+    )
+    with Server([reply(sse(*chunks, DONE))]) as server:
+        assert cs._main(["-m", "m", "-u", server.url, "x"]) == 0
+    assert capsys.readouterr() == ("ab\n", "hm\n\nok\n")
+
+
+def test_cli_several_choices_one_below_the_other(capsys):
+    chunks = (
+        C("a"),
+        C("x", index=1),
+        C("b"),
+        C("y", index=1),
+        STOP,
+        C(finish="stop", index=1),
+    )
+    with Server([reply(sse(*chunks, DONE))]) as server:
+        assert cs._main(["-m", "m", "-u", server.url, "-o", "n=2", "x"]) == 0
+    assert capsys.readouterr().out == "ab\n\nxy\n"
+
+
+def test_cli_json_errors_have_all_their_fields(capsys):
+    body = {"error": {"message": "slow", "code": "c"}}
+    with Server(
+        [error("429 Slow", body, "Retry-After: 999", "X-Request-Id: r")]
+    ) as server:
+        assert cs._main(["-m", "m", "-u", server.url, "--json", "x"]) == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert list(shown)[:3] == ["event", "type", "message"]
+    assert (shown["event"], shown["type"]) == ("error", "RetryLimitError")
+    assert (shown["status"], shown["code"], shown["attempts"]) == (429, "c", 1)
+    assert (shown["retry_after"], shown["request_id"]) == (999.0, "r")
+    assert "slow" in shown["message"]
+
+
+def test_cli_interrupt_leaves_the_prompt_on_a_line_of_its_own(monkeypatch, capsys):
+    def interrupt(*args, **options):
+        yield A
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cs, "stream", interrupt)
+    assert cs._main(["-m", "m", "x"]) == 130
+    assert capsys.readouterr().out == "a\n"
 
 
 # --------------------------------------------------------------------------------------
