@@ -1428,12 +1428,17 @@ class _Clock:
             sock.settimeout(seconds)
         try:
             data = read(argument)
-        except socket.timeout as error:
-            # Else it is a signal handler's, or TCP's own ETIMEDOUT.
-            if _is_from_handler(error) or time.monotonic() - started < least - 0.01:
+        except OSError as error:
+            # A timeout before its time is a signal handler's, or TCP's own ETIMEDOUT.
+            is_early = time.monotonic() - started < least - 0.01
+            is_timeout = isinstance(error, socket.timeout) and not is_early
+            if _is_from_handler(error):
                 raise
-            self.check()
-            raise self.silence() from None
+            if self.cancelled or is_timeout:
+                self.check()
+            if is_timeout:
+                raise self.silence() from None
+            raise
         if self.cancelled:
             self.check()
         return data
@@ -2510,18 +2515,18 @@ def _find_proxy(url: _URL) -> Optional[_Proxy]:
     value = settings.get(url.scheme) or settings.get("all")
     if not value or _goes_direct(url.host, url.port, settings.get("no", "")):
         return None
-    host: Optional[str] = None
-    port: Optional[int] = None
-    with suppress(ValueError):  # raising here would chain it: it may quote the password
+    try:
         parts = urlsplit(value if "://" in value else "http://" + value)
         host, port = parts.hostname, parts.port
-        if parts.scheme not in _DEFAULT_PORTS:
-            text = (
-                f"the environment asks for a {parts.scheme}:// proxy; http:// and "
-                "https:// are supported (for SOCKS pass "
-                "pool=urllib3.contrib.socks.SOCKSProxyManager(...))"
-            )
-            raise _Failed(TransportError(text), again=False)
+    except ValueError:  # raising here would chain it: it may quote the password
+        parts, host, port = urlsplit("http:"), None, None
+    if parts.scheme not in _DEFAULT_PORTS:
+        text = (
+            f"the environment asks for a {parts.scheme}:// proxy; http:// and "
+            "https:// are supported (for SOCKS pass "
+            "pool=urllib3.contrib.socks.SOCKSProxyManager(...))"
+        )
+        raise _Failed(TransportError(text), again=False)
     if not host:
         text = "the URL of the proxy in the environment is not valid"
         raise _Failed(TransportError(text), again=False)

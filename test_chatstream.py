@@ -3873,7 +3873,9 @@ def test_a_proxy_of_the_callers_is_named(transport):
 @pytest.mark.parametrize(
     "status, times", [("407 No", 1), ("403 No", 1), ("502 Bad", 3)]
 )
-def test_a_connect_that_is_refused(transport, monkeypatch, sleeps, status, times):
+def test_a_proxy_whose_connect_is_refused(
+    transport, monkeypatch, sleeps, status, times
+):
     with Server([head(status, "Content-Length: 0"), CLOSE]) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://bob:hidden@127.0.0.1:{proxy.port}")
         _, failure = collect(ask("https://upstream.test/v1", max_retries=2))
