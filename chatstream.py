@@ -871,7 +871,7 @@ class _URL(NamedTuple):
         return self.origin + self.target.partition("?")[0]
 
 
-@dataclass(repr=False)  # which would show the key
+@dataclass(repr=False, eq=False)  # a repr would show the key
 class _Request:
     """All that a try needs, but for the time."""
 
@@ -986,11 +986,19 @@ def _merge_headers(*layers: Mapping[str, str]) -> dict[str, str]:
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
-#: Labels of letters, digits, - and _ (which Docker's names have), or an IPv6 address.
-_HOST = re.compile(
-    r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_-]{1,63})*\.?|[0-9a-f:.]*:[0-9a-f:.]*(%[\w.-]+)?",
-    re.IGNORECASE,
-)
+#: What the labels of a host name are made of; Docker's names have _.
+_LABEL = frozenset("-_" + string.ascii_letters + string.digits)
+
+
+def _is_host(host: str) -> bool:
+    """A name (RFC 1123, 2.1), or an IPv6 address, perhaps with a zone."""
+    if ":" in host:
+        return _parse_address(host.partition("%")[0]) is not None
+    labels = host.removesuffix(".").split(".")
+    return len(host) < 254 and all(
+        0 < len(label) < 64 and label[0] != "-" and _LABEL.issuperset(label)
+        for label in labels
+    )
 
 
 def _split_url(base_url: Any) -> _URL:
@@ -1022,7 +1030,7 @@ def _split_url(base_url: Any) -> _URL:
         raise ValueError(
             f"{wanted}, no blanks, no backslash and no #fragment; got {shown!r}"
         )
-    if not _HOST.fullmatch(host):
+    if not _is_host(host):
         raise ValueError(f"{wanted}, with a valid host name; got {shown!r}")
     path = url.path.rstrip("/")
     if path.endswith("/chat/completions"):
@@ -1418,9 +1426,10 @@ class _Clock:
 
     def read(self, sock: Any, read: Callable[[Any], Any], argument: Any) -> Any:
         """`read(argument)`, which waits on `sock`, within the time that is left."""
-        self.check()
         started = time.monotonic()
         least = min(self._call_ends, self._event_ends, self._phase_ends) - started
+        if least <= 0 or self.cancelled:
+            self.check()
         if self._idle_timeout is not None and self._idle_timeout < least:
             least = self._idle_timeout
         seconds = None if math.isinf(least) else max(least, 0.001)
@@ -1606,7 +1615,7 @@ def _read_answer(
                 break
             if block is None:
                 break
-            said, started = answer.said, time.monotonic()
+            said, started = answer.said, time.monotonic() if request.raw else 0.0
             for event in answer.feed(block):
                 yield event
                 if clock.cancelled:
@@ -1670,12 +1679,15 @@ def _read_body(reply: _Reply, clock: _Clock) -> Iterator[bytes]:
             _pass_on(cause)
             raise _cut(str(cause) or type(cause).__name__) from cause
         data = framing.feed(block) if block else framing.end()
-        for piece in unpacking.feed(data):
-            yield piece
-            clock.check()
+        if unpacking.is_plain:
+            if data:
+                yield data
+        else:
+            for piece in unpacking.feed(data):
+                yield piece
+                clock.check()  # much may unpack from little
         if framing.fault:
             raise _cut(framing.fault)
-        clock.check()
     yield from unpacking.end()
     if unpacking.unfinished:
         raise _cut("its compressed data is incomplete")
@@ -1710,7 +1722,6 @@ class _Framing:
         self._left = length or 0  # bytes of the body, or of the chunk, that are to come
         self._in_chunk = False
         self._in_trailers = False
-        self._sizes: dict[bytes, int] = {}  # of short size lines that were read before
         self._unread = b""  # a line, or the end of a chunk, that is not whole yet
         self._trailers = 0  # their bytes so far
 
@@ -1752,6 +1763,8 @@ class _Framing:
         while not self.fault and not self.ended:
             if not (self._in_chunk or self._in_trailers):
                 at = self._take_whole_chunks(block, at, pieces)
+                if at == len(block):
+                    break
             if self._in_chunk:
                 end = at + self._left
                 if block[end : end + 2] == b"\r\n":  # nearly always
@@ -1782,33 +1795,28 @@ class _Framing:
         return b"".join(pieces)
 
     def _take_whole_chunks(self, block: bytes, at: int, pieces: list[bytes]) -> int:
-        """Those that lie whole in a block, as long as their size lines are known ones.
+        """Those that lie whole in a block and have nothing odd about them.
 
         -> where the first one begins of which that is not so.
         """
-        find, sizes = block.find, self._sizes
+        find, parse_size = block.find, _parse_short_size
         while True:
             start = find(b"\n", at) + 1
-            size = sizes.get(block[at:start])
-            if size is None:
+            if not 0 < start - at < 12:
                 return at
+            size = parse_size(block[at:start])
             end = start + size
-            if block[end : end + 2] != b"\r\n":
+            if size <= 0 or block[end : end + 2] != b"\r\n":
                 return at
             pieces.append(block[start:end])
             at = end + 2
 
     def _read_size(self, line: bytes) -> None:
-        """RFC 9112, 7.1: hexadecimal digits; blanks and extensions may follow."""
-        digits = line.partition(b";")[0].strip(b" \t\r")
-        if not digits or digits.strip(_HEX_DIGITS) or len(digits) > 16:
+        self._left = _parse_size(line)
+        if self._left < 0:
             self.fault = f"expected a chunk size, got {line[:40]!r}"
-            return
-        self._left = int(digits, 16)
-        if self._left and len(line) < 8 and len(self._sizes) < 4096:
-            self._sizes[line + b"\n"] = self._left
         self._in_chunk = self._left > 0
-        self._in_trailers = not self._left
+        self._in_trailers = self._left == 0
 
     def _read_trailer(self, line: bytes, rest: bytes) -> None:
         """RFC 9112, 7.1.2: field lines up to an empty one, which ends the body."""
@@ -1817,6 +1825,17 @@ class _Framing:
             self._end_with(rest)
         elif self._trailers > _MAX_FRAMING:
             self.fault = f"trailers of more than {_MAX_FRAMING} bytes"
+
+
+def _parse_size(line: bytes) -> int:
+    """RFC 9112, 7.1: hexadecimal digits; blanks and extensions may follow. -1: it is not."""
+    digits = line.partition(b";")[0].strip(b" \t\r\n")
+    if not digits or digits.strip(_HEX_DIGITS) or len(digits) > 16:
+        return -1
+    return int(digits, 16)
+
+
+_parse_short_size = lru_cache(maxsize=4096)(_parse_size)
 
 
 def _choose_framing(status: int, headers: Mapping[str, str]) -> _Framing:
@@ -1874,6 +1893,11 @@ class _Unpacking:
         self._inflater: Any = None  # of the member that has begun and not ended
         self._held = b""  # behind a member: perhaps the first byte of another
         self._is_junk = False  # what comes behind the last member
+
+    @property
+    def is_plain(self) -> bool:
+        """It is known that nothing is to be undone."""
+        return self._start is None and not self._is_packed
 
     @property
     def unfinished(self) -> bool:
@@ -2505,7 +2529,10 @@ def _describe_proxy(proxy: Any) -> str:
 
 def _find_proxy(url: _URL) -> Optional[_Proxy]:
     """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, as urllib.request reads them."""
-    if "_proxy" not in " ".join(os.environ).lower() or _is_loopback(url.host):
+    names = (f"{url.scheme}_proxy", "all_proxy")
+    if not any(os.environ.get(n) or os.environ.get(n.upper()) for n in names):
+        return None  # spares the import
+    if _is_loopback(url.host):
         return None
     import urllib.request
     from base64 import b64encode
@@ -3674,7 +3701,7 @@ class _Call:
         )
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class _CallPart:
     """What a delta says of a tool call."""
 
