@@ -63,6 +63,7 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import string
 import sys
@@ -1272,11 +1273,20 @@ class _Secrets:
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]+")
 
 
+#: What words are made of; keys are such words.
+_WORD = string.ascii_letters + string.digits + "-_+/=.~%"
+
+
 def _one_line(text: str, most: int) -> str:
-    """At most `most` characters of the text, fit for one line of a terminal."""
-    text = _replace_surrogates(text[: 4 * most])
-    text = " ".join(_CONTROLS.sub(" ", text).split())
-    return text if len(text) <= most else text[: most - 3] + "..."
+    """At most `most` characters of the text, fit for one line of a terminal.
+
+    It is never cut inside a word: half a key would stand there, and be found by nobody.
+    """
+    start = _replace_surrogates(text[: 4 * most])
+    line = " ".join(_CONTROLS.sub(" ", start).split())
+    if len(line) <= most and len(text) <= 4 * most:
+        return line
+    return line[: most - 3].rstrip(_WORD) + "..."
 
 
 def _replace_surrogates(text: str) -> str:
@@ -1298,11 +1308,16 @@ def _is_from_handler(error: BaseException) -> bool:
     """Whether a signal handler of the caller's raised it.
 
     Python calls a handler with the frame that it interrupts, so in the traceback a frame
-    that holds the one before it among its arguments is a handler's.
+    that holds the one before it among its arguments is a handler's. Those that do not
+    keep it are known by their code, as long as they are installed.
     """
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = [getattr(h, "__code__", None) for h in handlers if callable(h)]
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         interrupted, inner = trace.tb_frame, trace.tb_next.tb_frame
+        if inner.f_code in codes:
+            return True
         for value in list(inner.f_locals.values()):
             inside = value if isinstance(value, tuple) else (value,)
             if any(item is interrupted for item in inside):
@@ -1814,7 +1829,8 @@ class _Framing:
     def _read_size(self, line: bytes) -> None:
         self._left = _parse_size(line)
         if self._left < 0:
-            self.fault = f"expected a chunk size, got {line[:40]!r}"
+            shown = _one_line(line.decode("latin-1"), 40)
+            self.fault = f"expected a chunk size, got {shown!r}"
         self._in_chunk = self._left > 0
         self._in_trailers = self._left == 0
 
@@ -1846,17 +1862,19 @@ def _choose_framing(status: int, headers: Mapping[str, str]) -> _Framing:
     *before, last = [coding.strip() for coding in codings]
     for coding in before:
         if coding not in ("", "identity", "chunked"):
-            raise StreamError(f"expected Transfer-Encoding chunked, got {coding!r} too")
+            shown = _one_line(coding, 40)
+            raise StreamError(f"expected Transfer-Encoding chunked, got {shown!r} too")
     if last == "chunked":
         return _Framing(chunked=True)
     if last not in ("", "identity"):
-        raise StreamError(f"expected Transfer-Encoding chunked or none, got {last!r}")
+        shown = _one_line(last, 40)
+        raise StreamError(f"expected Transfer-Encoding chunked or none, got {shown!r}")
     if "content-length" not in headers:
         return _Framing()
     lengths = {length.strip() for length in headers["content-length"].split(",")}
     length = lengths.pop()
     if lengths or not (length.isascii() and length.isdigit()) or len(length) > 18:
-        shown = headers["content-length"][:40]
+        shown = _one_line(headers["content-length"], 40)
         raise ValueError(f"expected one Content-Length, got {shown!r}")
     return _Framing(length=int(length))
 
@@ -1943,7 +1961,7 @@ class _Unpacking:
             return False
         if self._encoding in ("gzip", "x-gzip", "deflate"):
             return True
-        shown = self._encoding[:40]
+        shown = _one_line(self._encoding, 40)
         raise StreamError(
             f"expected Content-Encoding gzip, deflate or none, got {shown!r}"
         )
@@ -2051,6 +2069,7 @@ class _Reply:
         self._sock = getattr(raw, "_sock", None)
         self._clock = clock
         self._is_watched = isinstance(raw, _Wire)  # and asks the clock itself
+        self._has_read = False  # else more may stand in the file's own buffer
 
     def _choose_framing(self) -> _Framing:
         try:
@@ -2062,6 +2081,7 @@ class _Reply:
 
     def read(self) -> bytes:
         """What has arrived, or arrives next; b"" at the end of the connection."""
+        self._has_read = True
         if self._is_watched or self._sock is None:
             block = self._read1(_BLOCK_SIZE)
         else:
@@ -2073,6 +2093,7 @@ class _Reply:
         """Keep the connection for another call if nothing of this one is left in it."""
         reusable = (
             self.status >= 200
+            and self._has_read
             and self.framing.ended
             and self.framing.named
             and not self.framing.rest
@@ -2090,8 +2111,9 @@ def _read_past_interim(response: Any) -> None:
     """
     import http.client
 
+    has_file = getattr(response, "fp", None) is not None
     for _ in range(_MAX_INTERIM):
-        if not 101 < response.status < 200:
+        if not (has_file and 101 < response.status < 200):
             break
         response.headers = response.msg = None
         response.begin()
@@ -2103,7 +2125,7 @@ def _read_past_interim(response: Any) -> None:
     faults = ("MissingHeaderBodySeparatorDefect", "FirstHeaderLineIsContinuationDefect")
     for defect in getattr(response.headers, "defects", ()):
         if type(defect).__name__ in faults:
-            shown = str(getattr(defect, "line", None) or "")[:_MAX_QUOTE]
+            shown = _one_line(str(getattr(defect, "line", None) or ""), _MAX_QUOTE)
             raise http.client.HTTPException(f"a header cannot be read {shown}".rstrip())
 
 
@@ -2297,6 +2319,9 @@ def _root_cause(error: BaseException) -> BaseException:
     import http.client
 
     while not isinstance(error, (OSError, http.client.HTTPException)):
+        is_wrapper = type(error).__module__.startswith("urllib3")
+        if not is_wrapper and _is_from_handler(error):
+            break  # what it was raised from is the caller's, too
         inner = [item for item in error.args if isinstance(item, Exception)]
         context = None if error.__suppress_context__ else error.__context__
         found = (*inner, error.__cause__, context)
@@ -2328,7 +2353,7 @@ def _describe_failure(cause: BaseException, upload: _Upload) -> tuple[str, bool]
     if isinstance(cause, (FileNotFoundError, PermissionError, UnicodeError)):
         return text, False
     if type(cause) is http.client.BadStatusLine:
-        shown = str(cause)[:_MAX_QUOTE]
+        shown = _one_line(str(cause), _MAX_QUOTE)
         return f"expected a reply in HTTP/1.1, got {shown!r}", True
     if isinstance(cause, http.client.UnknownProtocol):
         return f"expected a reply in HTTP/1.1, got one in {str(cause)!r}", True
@@ -2687,11 +2712,11 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
     if parsed is None:
         told = _Told(_one_line(_title(body), _MAX_SENTENCE), None, None)
     else:
-        told = _describe_error(parsed)
+        told = _describe_error(parsed, request.secrets.hide)
     text = f"HTTP {status} from {request.url.shown}{reply.via}: "
     text += told.message or reply.reason
     if 300 <= status < 400:
-        location = _without_secrets(headers.get("location", ""))
+        location = _without_secrets(request.secrets.hide(headers.get("location", "")))
         text += f" (redirects are not followed; Location: {location})"
     elif status == 401 and not _sends_key(request):
         source = f" or set {request.key_source}" if request.key_source else ""
@@ -2722,7 +2747,7 @@ def _sends_key(request: _Request) -> bool:
 
 def _without_secrets(location: str) -> str:
     """A URL without query, fragment and user:password, however it is written."""
-    location = re.split("[?#]", location[:_MAX_SENTENCE])[0]
+    location = re.split("[?#]", _one_line(location, _MAX_SENTENCE))[0]
     scheme, slashes, rest = location.partition("//")
     return scheme + slashes + rest.rpartition("@")[2]
 
@@ -2824,13 +2849,16 @@ def _is_flat_error(chunk: dict[str, Any]) -> bool:
     return any(str(code).lower() not in _GOOD_CODES for code in codes)
 
 
-def _server_error(text: str, raw: Any = None, part: Any = None) -> ServerError:
+def _server_error(
+    text: str, hide: Callable[[str], str], raw: Any = None, part: Any = None
+) -> ServerError:
     """raw: the parsed JSON, if it is JSON; part: the object in it that is the error."""
+    text = hide(text)
     if raw is None:
         raw = _parse_json(text)
     if raw is None:
         raw = text
-    told = _describe_error(raw if part is None else part)
+    told = _describe_error(raw if part is None else part, hide)
     message = told.message or _one_line(text, _MAX_SENTENCE)
     shown = f" (code {told.code})" if told.code is not None else ""
     return ServerError(
@@ -2842,7 +2870,7 @@ def _server_error(text: str, raw: Any = None, part: Any = None) -> ServerError:
     )
 
 
-def _describe_error(value: Any) -> _Told:
+def _describe_error(value: Any, hide: Callable[[str], str]) -> _Told:
     """An error's parsed JSON, of whatever shape."""
     body = _first_dict(value)
     error = _first_dict(body.get("error")) or body
@@ -2850,7 +2878,7 @@ def _describe_error(value: Any) -> _Told:
     codes = (place.get(name) for place in places for name in _CODES)
     types = (p.get(name) for p in places[:2] for name in ("type", "error_type"))
     return _Told(
-        message=_one_line(_find_sentence(value), _MAX_SENTENCE),
+        message=_one_line(hide(_find_sentence(value)), _MAX_SENTENCE),
         code=next((code for code in codes if code is not None), None),
         type=next((kind for kind in types if kind is not None), None),
     )
@@ -3312,7 +3340,7 @@ class _Answer:
             yield from self._read_unreadable(kind, text, is_cut)
         if kind is _ERROR:
             yield from self._give(self._take_halves())
-            raise _server_error(text.strip())
+            raise _server_error(text.strip(), self._hide)
 
     def _read_lines(self, kind: str, text: str, is_cut: bool) -> Iterator[Event]:
         """Several events without blank lines between them, or lines of no JSON at all."""
@@ -3345,14 +3373,14 @@ class _Answer:
             part = _find_error(chunk)
             if part is not None:
                 yield from self._give(self._take_halves())
-                raise _server_error(text, chunk, part)
+                raise _server_error(text, self._hide, chunk, part)
 
     def _read_unreadable(self, kind: str, text: str, is_cut: bool) -> Iterator[Event]:
         """Text that is not JSON: an error, padding, or skipped and said."""
         text = text.strip()
         if text[:6].lower() == "error:" and kind is not _ERROR:  # Crane
             yield from self._give(self._take_halves())
-            raise _server_error(text[6:].strip())
+            raise _server_error(text[6:].strip(), self._hide)
         if not text or is_cut or kind in (_NAMED, _ERROR) or text[0] == ":":
             return
         self._note(text)

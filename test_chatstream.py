@@ -2696,10 +2696,10 @@ FRAMES = [
     ("inside a trailer", "chunked", b"1\r\na\r\n0\r\nX:", b"a", OPEN, b""),
     ("chunk too long", "chunked", b"3\r\nabcd\r\n0\r\n\r\n", b"abc", "longer than its size", b""),
     ("LF alone behind a chunk", "chunked", b"3\r\nabc\n0\r\n\r\n", b"abc", "longer than its size", b""),
-    ("negative", "chunked", b"1\r\na\r\n-5\r\nabc", b"a", "b'-5", b""),
-    ("0x", "chunked", b"1\r\na\r\n0x1\r\na\r\n", b"a", "b'0x1", b""),
-    ("underscore", "chunked", b"1_0\r\n", b"", "b'1_0", b""),
-    ("words", "chunked", b"zz\r\nabc", b"", "b'zz", b""),
+    ("negative", "chunked", b"1\r\na\r\n-5\r\nabc", b"a", "'-5", b""),
+    ("0x", "chunked", b"1\r\na\r\n0x1\r\na\r\n", b"a", "'0x1", b""),
+    ("underscore", "chunked", b"1_0\r\n", b"", "'1_0", b""),
+    ("words", "chunked", b"zz\r\nabc", b"", "'zz", b""),
     ("no size", "chunked", b"1\r\na\r\n\r\n", b"a", "chunk size", b""),
     ("17 digits", "chunked", b"00000000000000001\r\na", b"", "chunk size", b""),
     ("length", 3, b"abc", b"abc", WHOLE, b""),
@@ -3290,6 +3290,27 @@ def test_a_signal_handlers_exception_while_connecting(transport, error):
             list(ask(url, max_retries=3))
 
 
+@pytest.mark.parametrize(
+    "error", [TimeoutError("mine"), OSError("mine"), ValueError("mine")]
+)
+def test_a_signal_handler_that_keeps_no_frame(transport, error):
+    def handler(number, frame):
+        del frame
+        try:
+            raise KeyError("inner")
+        except KeyError:
+            raise error
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with Server([HOLD]) as server, pytest.raises(type(error), match=r"^mine$"):
+            list(ask(server, max_retries=2))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_deadline(transport, phase):
     script, events = PHASES[phase]
@@ -3791,6 +3812,15 @@ def test_a_secret_that_begins_another(transport):
             ask(server, api_key=KEY, headers={"x-key": KEY + "-and-more"})
         )
     assert failure.message == "*** and ***"
+
+
+@pytest.mark.parametrize("size", [*range(15, 45), *range(1960, 2005, 3)])
+def test_no_text_is_cut_inside_a_word(size):
+    text = "x " * (size // 2) + KEY + " y" * 3000
+    for most in (40, 200, 2000):
+        shown = cs._one_line(text, most)
+        assert len(shown) <= most
+        assert KEY in shown or KEY[:6] not in shown
 
 
 def test_a_quotation_cuts_no_secret_in_half(transport, caplog):
