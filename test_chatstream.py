@@ -3299,7 +3299,7 @@ def test_a_signal_handler_that_keeps_no_frame(transport, error):
         try:
             raise KeyError("inner")
         except KeyError:
-            raise error
+            raise error  # noqa: B904
 
     previous = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
