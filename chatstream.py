@@ -1270,7 +1270,7 @@ class _Secrets:
 
 
 #: C0, DEL and C1: what a terminal would obey.
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]+")
+_CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], " ")
 
 
 #: What words are made of; keys are such words.
@@ -1283,7 +1283,7 @@ def _one_line(text: str, most: int) -> str:
     It is never cut inside a word: half a key would stand there, and be found by nobody.
     """
     start = _replace_surrogates(text[: 4 * most])
-    line = " ".join(_CONTROLS.sub(" ", start).split())
+    line = " ".join(start.translate(_CONTROLS).split())
     if len(line) <= most and len(text) <= 4 * most:
         return line
     return line[: most - 3].rstrip(_WORD) + "..."
@@ -1719,6 +1719,9 @@ def _cut(how: str) -> TruncatedStreamError:
 
 _HEX_DIGITS = b"0123456789abcdefABCDEF"
 
+#: Short chunk-size lines, whole, that any call has read -> the size. There are few.
+_sizes: dict[bytes, int] = {}
+
 
 class _Framing:
     """Where a body ends: chunked, after `length` bytes, or with the connection.
@@ -1810,18 +1813,18 @@ class _Framing:
         return b"".join(pieces)
 
     def _take_whole_chunks(self, block: bytes, at: int, pieces: list[bytes]) -> int:
-        """Those that lie whole in a block and have nothing odd about them.
+        """Those that lie whole in a block, and whose size lines have been read before.
 
         -> where the first one begins of which that is not so.
         """
-        find, parse_size = block.find, _parse_short_size
+        find, sizes = block.find, _sizes
         while True:
             start = find(b"\n", at) + 1
-            if not 0 < start - at < 12:
+            size = sizes.get(block[at:start])
+            if size is None:
                 return at
-            size = parse_size(block[at:start])
             end = start + size
-            if size <= 0 or block[end : end + 2] != b"\r\n":
+            if block[end : end + 2] != b"\r\n":
                 return at
             pieces.append(block[start:end])
             at = end + 2
@@ -1831,6 +1834,8 @@ class _Framing:
         if self._left < 0:
             shown = _one_line(line.decode("latin-1"), 40)
             self.fault = f"expected a chunk size, got {shown!r}"
+        elif self._left > 0 and len(line) < 8 and len(_sizes) < 4096:
+            _sizes[line + b"\n"] = self._left
         self._in_chunk = self._left > 0
         self._in_trailers = self._left == 0
 
@@ -1849,9 +1854,6 @@ def _parse_size(line: bytes) -> int:
     if not digits or digits.strip(_HEX_DIGITS) or len(digits) > 16:
         return -1
     return int(digits, 16)
-
-
-_parse_short_size = lru_cache(maxsize=4096)(_parse_size)
 
 
 def _choose_framing(status: int, headers: Mapping[str, str]) -> _Framing:
@@ -3098,8 +3100,6 @@ class _Brackets:
     Each character is looked at once, where a parser would have to begin anew.
     """
 
-    _ESCAPE = re.compile(r"\\.", re.DOTALL)
-
     def __init__(self) -> None:
         self._depth = 0
         self._in_string = 0
@@ -3107,7 +3107,7 @@ class _Brackets:
         self._has_any = False
 
     def feed(self, text: str) -> None:
-        text = self._ESCAPE.sub("", self._cut + text)
+        text = re.sub(r"\\.", "", self._cut + text, flags=re.DOTALL)
         self._cut = "\\" if text.endswith("\\") else ""
         parts = text.split('"')
         outside = "".join(parts[self._in_string :: 2])
@@ -3129,7 +3129,8 @@ class _Brackets:
 #: Not strict: control characters may stand in a string as they are (GenieX, pi).
 _parse_json_at = json.JSONDecoder(strict=False).raw_decode
 
-_JSON_BLANKS = re.compile(r"[ \t\r\n]*")
+#: -> a match of the blanks that JSON may have between two values.
+_match_blanks: Any = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
 
 
 def _parse_values(text: str) -> Optional[list[Any]]:
@@ -3137,12 +3138,12 @@ def _parse_values(text: str) -> Optional[list[Any]]:
     if len(text) > _MAX_OBJECTS and text.count("{") + text.count("[") > _MAX_OBJECTS:
         raise StreamError(f"expected events of at most {_MAX_OBJECTS} JSON objects")
     values: list[Any] = []
-    place = _JSON_BLANKS.match(text).end()  # type: ignore[union-attr]
+    place = _match_blanks(text, 0).end()
     try:
         while place < len(text):
             value, place = _parse_json_at(text, place)
             values.append(value)
-            place = _JSON_BLANKS.match(text, place).end()  # type: ignore[union-attr]
+            place = _match_blanks(text, place).end()
     except (ValueError, RecursionError) as error:
         _pass_on(error)
         return None
