@@ -695,7 +695,7 @@ def stream(
     ChatStreamErrors out of the loop.
     """
     where = _choose_provider(provider, base_url)
-    url = _split_url(where.base_url if base_url is None else base_url)
+    url = _check_url(where.base_url if base_url is None else base_url)
     key = _choose_key(where, api_key)
     sent_headers = _merge_headers(
         {
@@ -712,7 +712,7 @@ def stream(
     body = _build_body(messages, model, instructions, params, extra_body)
     secrets = _Secrets(key)
     secrets.add_headers({**(getattr(pool, "headers", None) or {}), **sent_headers})
-    secrets.add_query(url.target)
+    secrets.add_query(url.query)
     request = _Request(
         url=url,
         headers=sent_headers,
@@ -867,6 +867,10 @@ class _URL(NamedTuple):
         return _origin(self.scheme, self.host, self.port)
 
     @property
+    def query(self) -> str:
+        return self.target.partition("?")[2]
+
+    @property
     def shown(self) -> str:
         """The URL for logs and messages: query values may be secret."""
         return self.origin + self.target.partition("?")[0]
@@ -1002,12 +1006,17 @@ def _is_host(host: str) -> bool:
     )
 
 
-def _split_url(base_url: Any) -> _URL:
+def _check_url(base_url: Any) -> _URL:
+    if not isinstance(base_url, str):
+        raise TypeError(f"base_url: expected a str, got a {type(base_url).__name__}")
+    return _split_url(base_url)
+
+
+@lru_cache(maxsize=16)
+def _split_url(base_url: str) -> _URL:
     """Check a base URL, and add the path of the endpoint."""
     from urllib.parse import quote, urlsplit
 
-    if not isinstance(base_url, str):
-        raise TypeError(f"base_url: expected a str, got a {type(base_url).__name__}")
     wanted = "base_url: expected http(s)://host[:port][/path][?query]"
     base_url = base_url.strip()
     shown = base_url.partition("?")[0].partition("#")[0][:_MAX_QUOTE]
@@ -1210,34 +1219,39 @@ class _Secrets:
     """What must be seen in no error and no log line, even if the server sends it back."""
 
     def __init__(self, *values: str) -> None:
-        self._forms: list[str] = []  # as they may be written, the longest first
-        self.add(*values)
+        self._values = set(values)
+        self._forms: list[str] = []  # as they may be written; [] until they are needed
 
     def add(self, *values: str) -> None:
-        forms = set(self._forms)
-        for value in values:
-            if len(value) >= _SHORTEST_SECRET:
-                escaped = json.dumps(value)[1:-1]
-                forms |= {value, escaped, escaped.replace("/", "\\/")}
-        # A secret that begins another one must not be looked for before it.
-        self._forms = sorted(forms, key=len, reverse=True)
+        self._values.update(values)
+        self._forms = []
 
     def add_headers(self, headers: Mapping[str, str]) -> None:
         for name, value in headers.items():
             if any(word in name.lower() for word in _SECRET_NAMES):
                 self.add(value, value.rpartition(" ")[2])
 
-    def add_query(self, target: str) -> None:
+    def add_query(self, query: str) -> None:
         from urllib.parse import unquote
 
-        for pair in target.partition("?")[2].split("&"):
+        for pair in query.split("&"):
             value = pair.partition("=")[2]
             self.add(value, unquote(value))
 
     def hide(self, text: str) -> str:
+        self._forms = self._forms or self._list_forms()
         for form in self._forms:
             text = text.replace(form, "***")
         return text
+
+    def _list_forms(self) -> list[str]:
+        forms = set()
+        for value in self._values:
+            if len(value) >= _SHORTEST_SECRET:
+                escaped = json.dumps(value)[1:-1]
+                forms |= {value, escaped, escaped.replace("/", "\\/")}
+        # A secret that begins another one must not be looked for before it.
+        return sorted(forms, key=len, reverse=True)
 
     def hide_in(self, value: Any, depth: int = 0) -> Any:
         """The same value, fit to be shown: without secrets, and valid Unicode."""
