@@ -63,7 +63,6 @@ import logging
 import math
 import os
 import re
-import signal
 import socket
 import string
 import sys
@@ -77,8 +76,8 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
 
-# http.client, ssl, urllib and urllib3 are imported where they are first needed: together
-# they would be most of the time that `import chatstream` takes.
+# http.client, signal, ssl, urllib and urllib3 are imported where they are first needed:
+# together they would be most of the time that `import chatstream` takes.
 if TYPE_CHECKING:
     from http.client import HTTPConnection as _ConnectionBase
 else:
@@ -1325,6 +1324,8 @@ def _is_from_handler(error: BaseException) -> bool:
     that holds the one before it among its arguments is a handler's. Those that do not
     keep it are known by their code, as long as they are installed.
     """
+    import signal
+
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     codes = [getattr(h, "__code__", None) for h in handlers if callable(h)]
     trace = error.__traceback__
@@ -2376,9 +2377,8 @@ def _describe_failure(cause: BaseException, upload: _Upload) -> tuple[str, bool]
     return text, True
 
 
-_Opened = tuple[
-    Any, Callable[[bool], None]
-]  # response, release(whether it is reusable)
+#: A response, and what to call with whether its connection can be used again.
+_Opened = tuple[Any, Callable[[bool], None]]
 
 
 def _open_pooled(
@@ -2658,11 +2658,8 @@ def _is_in_network(address: Any, network: str) -> bool:
         return False
 
 
-class _TLS(NamedTuple):
-    """What the certificates depend on, in the environment."""
-
-    file: str
-    folder: str
+#: What the certificates depend on: SSL_CERT_FILE and SSL_CERT_DIR.
+_TLS = tuple[str, str]
 
 
 def _tls_settings(url: _URL, proxy: Optional[_Proxy]) -> Optional[_TLS]:
@@ -2674,7 +2671,7 @@ def _tls_settings(url: _URL, proxy: Optional[_Proxy]) -> Optional[_TLS]:
     except ImportError:
         text = f"{url.shown}: this Python has no ssl module, which https:// needs"
         raise _Failed(TransportError(text), again=False) from None
-    return _TLS(os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", ""))
+    return os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", "")
 
 
 @lru_cache(maxsize=16)
@@ -2685,7 +2682,7 @@ def _tls_context(settings: _TLS) -> tuple[Any, str]:
 
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
-    ca_file = settings.file
+    ca_file, _ = settings
     if not ca_file and not _has_authorities(context):
         try:
             import certifi  # type: ignore[import-not-found,unused-ignore]
@@ -2725,10 +2722,7 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
     status, headers = reply.status, reply.headers
     body = request.secrets.hide(_read_error_body(reply, clock))
     parsed = _parse_json(body)
-    if parsed is None:
-        told = _Told(_one_line(_title(body), _MAX_SENTENCE), None, None)
-    else:
-        told = _describe_error(parsed, request.secrets.hide)
+    told = _Told(_title(body) if parsed is None else parsed, request.secrets.hide)
     text = f"HTTP {status} from {request.url.shown}{reply.via}: "
     text += told.message or reply.reason
     if 300 <= status < 400:
@@ -2811,14 +2805,6 @@ def _seconds_until(date: str) -> float:
 # --------------------------------------------------------------------------------------
 
 
-class _Told(NamedTuple):
-    """What a server says of its error."""
-
-    message: str
-    code: Any
-    type: Any
-
-
 #: Where servers put the sentence, in the order in which they are believed.
 _SENTENCE_MEMBERS = (
     *("error", "message", "detail", "details", "msg", "text", "error_msg"),
@@ -2874,7 +2860,7 @@ def _server_error(
         raw = _parse_json(text)
     if raw is None:
         raw = text
-    told = _describe_error(raw if part is None else part, hide)
+    told = _Told(raw if part is None else part, hide)
     message = told.message or _one_line(text, _MAX_SENTENCE)
     shown = f" (code {told.code})" if told.code is not None else ""
     return ServerError(
@@ -2886,18 +2872,18 @@ def _server_error(
     )
 
 
-def _describe_error(value: Any, hide: Callable[[str], str]) -> _Told:
-    """An error's parsed JSON, of whatever shape."""
-    body = _first_dict(value)
-    error = _first_dict(body.get("error")) or body
-    places = (error, body, _first_dict(body.get("base_resp")))
-    codes = (place.get(name) for place in places for name in _CODES)
-    types = (p.get(name) for p in places[:2] for name in ("type", "error_type"))
-    return _Told(
-        message=_one_line(hide(_find_sentence(value)), _MAX_SENTENCE),
-        code=next((code for code in codes if code is not None), None),
-        type=next((kind for kind in types if kind is not None), None),
-    )
+class _Told:
+    """What an error's parsed JSON says, of whatever shape."""
+
+    def __init__(self, value: Any, hide: Callable[[str], str]) -> None:
+        body = _first_dict(value)
+        error = _first_dict(body.get("error")) or body
+        places = (error, body, _first_dict(body.get("base_resp")))
+        codes = (place.get(name) for place in places for name in _CODES)
+        types = (p.get(name) for p in places[:2] for name in ("type", "error_type"))
+        self.message = _one_line(hide(_find_sentence(value)), _MAX_SENTENCE)
+        self.code = next((code for code in codes if code is not None), None)
+        self.type = next((kind for kind in types if kind is not None), None)
 
 
 def _first_dict(value: Any) -> dict[str, Any]:
@@ -3744,36 +3730,24 @@ class _Call:
         )
 
 
-@dataclass(repr=False, eq=False)
 class _CallPart:
     """What a delta says of a tool call."""
 
-    index: Optional[int]
-    id: str
-    name: str
-    arguments: Any
-    extra: dict[str, Any]
-    is_custom: bool
-
-
-def _read_call_part(data: dict[str, Any]) -> _CallPart:
-    function, custom = data.get("function"), data.get("custom")
-    is_custom = bool(custom) and isinstance(custom, dict) and not function
-    source = _first_dict(custom if is_custom else function)
-    known = ("index", "id", "type", "function", "custom" if is_custom else "")
-    index = data.get("index")
-    return _CallPart(
-        index if type(index) is int else None,
-        _word(data.get("id")),
-        _word(source.get("name")),
-        source.get("input" if is_custom else "arguments"),
-        {
+    def __init__(self, data: dict[str, Any]) -> None:
+        function, custom = data.get("function"), data.get("custom")
+        self.is_custom = bool(custom) and isinstance(custom, dict) and not function
+        source = _first_dict(custom if self.is_custom else function)
+        index = data.get("index")
+        self.index: Optional[int] = index if type(index) is int else None
+        self.id = _word(data.get("id"))
+        self.name = _word(source.get("name"))
+        self.arguments = source.get("input" if self.is_custom else "arguments")
+        known = ("index", "id", "type", "function", "custom" if self.is_custom else "")
+        self.extra = {
             name: value
             for name, value in data.items()
             if name not in known and value not in (None, "", [], {})
-        },
-        is_custom,
-    )
+        }
 
 
 class _Calls:
@@ -3812,7 +3786,7 @@ class _Calls:
         events: list[Event] = []
         for data in calls:
             if isinstance(data, dict):
-                part = _read_call_part(data)
+                part = _CallPart(data)
                 call = self._find(part)
                 event = call.read(part)
                 if call.id:
@@ -4218,6 +4192,9 @@ def _is_json(text: str) -> bool:
     return True
 
 
+_DELTAS = (TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta)
+
+
 def _aggregate(events: Iterator[Event], deltas: bool) -> Generator[Event, None, None]:
     messages: dict[int, _Assembly] = {}
 
@@ -4230,22 +4207,24 @@ def _aggregate(events: Iterator[Event], deltas: bool) -> Generator[Event, None, 
 
     try:
         for event in events:
-            if isinstance(
-                event, (TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta)
-            ):
+            if isinstance(event, _DELTAS):
                 if event.choice not in messages:
                     messages[event.choice] = _Assembly(event.choice)
                 messages[event.choice].add(event)
+                if not deltas:
+                    continue
             elif isinstance(event, Completed):
                 yield from finish(event.finish_reasons)
-            elif not isinstance(event, (Chunk, Message)):
+            elif isinstance(event, Chunk):
+                if not deltas:
+                    continue
+            elif not isinstance(event, Message):
                 kind = f"{type(event).__module__}.{type(event).__qualname__}"
                 raise TypeError(
                     f"events: expected events of this {__name__}, got a {kind} of "
                     f"another module: {event!r:.200}"
                 )
-            if deltas or isinstance(event, (Completed, Message)):
-                yield event
+            yield event
         yield from finish({})
     except ChatStreamError as error:
         error.partial = tuple(finish({})) or error.partial
