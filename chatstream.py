@@ -1917,22 +1917,18 @@ class _Unpacking:
 
     nginx compresses unasked; proxies unpack and leave the header; servers write "none".
 
+    is_plain: bool, it is known that nothing is to be undone.
     unfinished: bool, compressed data has begun and not ended.
     """
 
     def __init__(self, encoding: str) -> None:
+        self.is_plain = False
         self._encoding = encoding.strip().lower()
         self._start: Optional[bytes] = b""  # None as soon as it is known what it is
-        self._is_packed = False
         self._members = 0
         self._inflater: Any = None  # of the member that has begun and not ended
         self._held = b""  # behind a member: perhaps the first byte of another
         self._is_junk = False  # what comes behind the last member
-
-    @property
-    def is_plain(self) -> bool:
-        """It is known that nothing is to be undone."""
-        return self._start is None and not self._is_packed
 
     @property
     def unfinished(self) -> bool:
@@ -1945,7 +1941,7 @@ class _Unpacking:
             if self._is_open(self._start):
                 return
             yield from self.end()
-        elif self._is_packed:
+        elif not self.is_plain:
             yield from self._inflate(block)
         elif block:
             yield block
@@ -1955,8 +1951,8 @@ class _Unpacking:
         start = self._start or b""
         self._start = None
         if start:
-            self._is_packed = self._judge(start)
-            yield from self._inflate(start) if self._is_packed else (start,)
+            self.is_plain = not self._is_packed(start)
+            yield from (start,) if self.is_plain else self._inflate(start)
 
     def _is_open(self, start: bytes) -> bool:
         """Whether there is too little yet to tell what it is."""
@@ -1969,8 +1965,7 @@ class _Unpacking:
     def _names_packing(self) -> bool:
         return self._encoding not in ("", "identity", "none", "utf-8")
 
-    def _judge(self, start: bytes) -> bool:
-        """-> whether it is packed."""
+    def _is_packed(self, start: bytes) -> bool:
         if start.startswith(_GZIP_MAGIC):
             return True
         text = start.lstrip(_BOM + b" \t\r\n")
@@ -2100,11 +2095,9 @@ class _Reply:
         """What has arrived, or arrives next; b"" at the end of the connection."""
         self._has_read = True
         if self._is_watched or self._sock is None:
-            block = self._read1(_BLOCK_SIZE)
-        else:
-            self._clock.watch(self._sock)
-            block = self._clock.read(self._sock, self._read1, _BLOCK_SIZE)
-        return bytes(block)
+            return bytes(self._read1(_BLOCK_SIZE))
+        self._clock.watch(self._sock)
+        return bytes(self._clock.read(self._sock, self._read1, _BLOCK_SIZE))
 
     def close(self) -> None:
         """Keep the connection for another call if nothing of this one is left in it."""
@@ -3227,6 +3220,8 @@ class _Answer:
         if not self._sse.is_idle:
             start = lines.index(b"") + 1 if b"" in lines else len(lines)
             yield from self._feed_lines(lines[:start])
+            if self.done:
+                return
         # Nearly always it goes on with events of one line each, and blank lines between.
         end = start + (len(lines) - start) // 2 * 2
         if any(lines[start + 1 : end : 2]):
@@ -3244,7 +3239,7 @@ class _Answer:
                 return
             match, hits = self._shortcut.match, 0
         self._count_hits(hits)
-        if end < len(lines) and not self.done:
+        if end < len(lines):
             yield from self._feed_lines(lines[end:])
 
     def _feed_lines(self, lines: list[bytes]) -> Iterator[Event]:

@@ -631,6 +631,7 @@ ROWS = [
     ("A7 no newline at the end", sse(C("a"), C("b"), STOP)[:-2], [A, B, END]),
     ("A8 no DONE", sse(C("a"), C("b"), STOP), [A, B, END]),
     ("A9 text after DONE", PLAIN + b"garbage\ndata: {]\n\n" + sse(C("z")), [A, B, END]),
+    ("A9 a chunk like those before DONE", sse(C("a"), C("b")) + b"event: end\n" + sse(DONE, C("z")), [A, B, Completed("c1", "m1")]),
     ("B1 choices empty", sse({"choices": [], "id": "", "model": ""}, C("a"), DONE),
      [A, Completed("c1", "m1")]),
     ("B1 choices null or missing", sse({"choices": None}, {"id": "i"}, {"model": "o"}, C("a"), DONE),

@@ -566,7 +566,7 @@ class Bench:
             for name in self.shuffled():
                 self.load(scenario, name)
         else:
-            for number in range(1 if self.quick else 5):
+            for number in range(1 if self.quick else 10):
                 for name in self.shuffled():
                     if number == 0 or not name.startswith("openai"):  # they take long
                         self.start(scenario, name)
