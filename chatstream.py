@@ -1243,6 +1243,15 @@ class _Secrets:
             text = text.replace(form, "***")
         return text
 
+    def hide_in_start(self, text: str) -> str:
+        """The same of the start of a text, which may end in half a secret."""
+        text = self.hide(text)
+        for form in self._forms:
+            for size in range(len(form) - 1, 3, -1):
+                if text.endswith(form[:size]):
+                    return text[:-size] + "***"
+        return text
+
     def _list_forms(self) -> list[str]:
         forms = set()
         for value in self._values:
@@ -1584,7 +1593,8 @@ def _attempt(request: _Request, clock: _Clock) -> Generator[Event, None, None]:
     clock.start_try()
     if _log.isEnabledFor(logging.DEBUG):
         shown = request.body[:_MAX_LOGGED].decode()  # json.dumps() wrote ASCII
-        _log.debug("POST %s %s", request.url.shown, request.secrets.hide(shown))
+        shown = request.secrets.hide_in_start(shown)
+        _log.debug("POST %s %s", request.url.shown, shown)
     request_id = ""
     reply = None
     try:
@@ -2713,7 +2723,7 @@ def _has_authorities(context: Any) -> bool:
 def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
     """-> what a reply that is not 2xx means, with what can be had of its body."""
     status, headers = reply.status, reply.headers
-    body = request.secrets.hide(_read_error_body(reply, clock))
+    body = request.secrets.hide_in_start(_read_error_body(reply, clock))
     parsed = _parse_json(body)
     told = _Told(_title(body) if parsed is None else parsed, request.secrets.hide)
     text = f"HTTP {status} from {request.url.shown}{reply.via}: "

@@ -3833,6 +3833,22 @@ def test_a_quotation_cuts_no_secret_in_half(transport, caplog):
         assert KEY[:6] not in shown
 
 
+def test_a_body_that_ends_in_half_a_secret(transport):
+    body = b"x" * (cs._MAX_ERROR_BODY - 6) + KEY.encode() * 2
+    with Server([error("401 No", body)]) as server:
+        _, failure = collect(ask(server, api_key=KEY))
+    assert failure.body.endswith("x***")
+    assert KEY[:6] not in everything_about(failure)
+
+
+def test_the_logged_body_hides_half_a_secret(transport, caplog):
+    caplog.set_level(logging.DEBUG, "chatstream")
+    with Server() as server:
+        for size in range(1900, 2000, 5):
+            list(ask(server, api_key=KEY, extra_body={"x": "y" * size, "key": KEY}))
+    assert KEY[:6] not in "".join(r.getMessage() for r in caplog.records)
+
+
 def test_the_logged_body_hides_secrets(transport, caplog):
     caplog.set_level(logging.DEBUG, "chatstream")
     with Server() as server:
