@@ -4440,7 +4440,7 @@ def readme_answer(request):
         return [C('{"city": "Paris", "country": "France"}'), STOP, DONE]
     words = re.findall(r"\s*\S+", "Because air scatters blue light more than red.\n")
     thought = (
-        C(delta={"reasoning_content": "hm"}) if "reasoner" in request["model"] else C()
+        C(delta={"reasoning_content": "hm"}) if "deepseek" in request["model"] else C()
     )
     return [thought, *[C(word) for word in words], {**STOP, "usage": USAGE}, DONE]
 
