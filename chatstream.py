@@ -70,7 +70,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -571,10 +571,10 @@ class Completed:
     headers: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
+_Delta = Union[TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta]
+
 #: What stream() and aggregate() yield.
-Event = Union[
-    TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta, Chunk, Message, Completed
-]
+Event = Union[_Delta, Chunk, Message, Completed]
 
 
 @dataclass
@@ -1384,7 +1384,7 @@ class _Clock:
         self._event_ends = math.inf  # until the headers are there
         self._phase_ends = math.inf
         self._has_headers = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may cancel() at any moment
         self._woken = threading.Event()
         self._sock: Any = None  # the socket that a cancel() shuts down
         self.cancelled = False
@@ -1472,7 +1472,8 @@ class _Clock:
         if self._idle_timeout is not None and self._idle_timeout < least:
             least = self._idle_timeout
         seconds = None if math.isinf(least) else max(least, 0.001)
-        if sock.gettimeout() != seconds:  # which is no system call
+        get = getattr(sock, "gettimeout", None)  # pyOpenSSL's has none
+        if get is None or get() != seconds:  # asking is no system call
             sock.settimeout(seconds)
         try:
             data = read(argument)
@@ -1515,8 +1516,9 @@ class _Clock:
             if self._sock is not None:
                 # The base class's: SSLSocket's own would take the TLS object away under
                 # the thread that reads from it. This one wakes it.
+                inner = getattr(self._sock, "socket", self._sock)  # TLS inside TLS
                 with suppress(OSError, TypeError):
-                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+                    socket.socket.shutdown(inner, socket.SHUT_RDWR)
 
 
 def _sleep(seconds: float, woken: threading.Event) -> None:
@@ -1606,7 +1608,7 @@ def _attempt(request: _Request, clock: _Clock) -> Generator[Event, None, None]:
         yield from _read_answer(request, reply, clock, request_id)
     except (_Failed, ChatStreamError) as failure:
         error = failure.error if isinstance(failure, _Failed) else failure
-        error.request_id = request_id
+        error.request_id = error.request_id or request_id
         error.__cause__ = error.__cause__ or failure.__cause__
         request.secrets.clean(error)
         raise
@@ -1657,14 +1659,17 @@ def _read_answer(
                 break
             said, started = answer.said, time.monotonic() if request.raw else 0.0
             for event in answer.feed(block):
-                yield event
                 if clock.cancelled:
                     clock.check()
+                yield event
             if answer.said != said:
                 clock.start_event()
             elif request.raw:  # all else that is yielded says something
                 clock.skip_event(time.monotonic() - started)
-        yield from answer.end(cut)
+        for event in answer.end(cut):
+            if clock.cancelled:
+                clock.check()
+            yield event
     except TruncatedStreamError as fault:
         if fault is not cut or answer.started:
             raise
@@ -1710,14 +1715,7 @@ def _read_body(reply: _Reply, clock: _Clock) -> Iterator[bytes]:
     framing = reply.framing
     unpacking = _Unpacking(reply.headers.get("content-encoding", ""))
     while not framing.ended:
-        try:
-            block = reply.read()
-        except ChatStreamError:
-            raise
-        except reply.errors as error:
-            cause = _root_cause(error)
-            _pass_on(cause)
-            raise _cut(str(cause) or type(cause).__name__) from cause
+        block = reply.read()
         data = framing.feed(block) if block else framing.end()
         if unpacking.is_plain:
             if data:
@@ -1729,8 +1727,6 @@ def _read_body(reply: _Reply, clock: _Clock) -> Iterator[bytes]:
         if framing.fault:
             raise _cut(framing.fault)
     yield from unpacking.end()
-    if unpacking.unfinished:
-        raise _cut("its compressed data is incomplete")
 
 
 def _cut(how: str) -> TruncatedStreamError:
@@ -1928,7 +1924,6 @@ class _Unpacking:
     nginx compresses unasked; proxies unpack and leave the header; servers write "none".
 
     is_plain: bool, it is known that nothing is to be undone.
-    unfinished: bool, compressed data has begun and not ended.
     """
 
     def __init__(self, encoding: str) -> None:
@@ -1940,31 +1935,32 @@ class _Unpacking:
         self._held = b""  # behind a member: perhaps the first byte of another
         self._is_junk = False  # what comes behind the last member
 
-    @property
-    def unfinished(self) -> bool:
-        return self._inflater is not None
-
     def feed(self, block: bytes) -> Iterator[bytes]:
         """-> pieces of the body, none of which is larger than a block."""
         if self._start is not None:
             self._start += block
-            if self._is_open(self._start):
-                return
-            yield from self.end()
+            if not self._needs_more(self._start):
+                yield from self._decide()
         elif not self.is_plain:
             yield from self._inflate(block)
         elif block:
             yield block
 
     def end(self) -> Iterator[bytes]:
-        """No more will come, or no more is needed to tell what it is."""
+        """The body has ended. Raises TruncatedStreamError if compressed data has not."""
+        yield from self._decide()
+        if self._inflater is not None:
+            raise _cut("its compressed data is incomplete")
+
+    def _decide(self) -> Iterator[bytes]:
+        """Tell what it is, and begin."""
         start = self._start or b""
         self._start = None
         if start:
             self.is_plain = not self._is_packed(start)
             yield from (start,) if self.is_plain else self._inflate(start)
 
-    def _is_open(self, start: bytes) -> bool:
+    def _needs_more(self, start: bytes) -> bool:
         """Whether there is too little yet to tell what it is."""
         if len(start) < 2:
             return not start or start == _GZIP_MAGIC[:1] or self._names_packing()
@@ -1981,7 +1977,9 @@ class _Unpacking:
         text = start.lstrip(_BOM + b" \t\r\n")
         if not self._names_packing() or text.startswith(_PLAIN_STARTS):
             return False
-        if self._encoding in ("gzip", "x-gzip", "deflate"):
+        if self._encoding in ("gzip", "x-gzip"):  # or zlib under the wrong name
+            return _is_zlib(start) or start == _GZIP_MAGIC[:1]
+        if self._encoding == "deflate":
             return True
         shown = _one_line(self._encoding, 40)
         raise StreamError(
@@ -2019,12 +2017,16 @@ class _Unpacking:
                 return b""
             self._held = b""
         # RFC 1950 and 1952 begin in a known way; some servers' "deflate" is bare.
-        head = int.from_bytes(block[:2], "big")
-        is_zlib = head >> 8 & 15 == 8 and head % 31 == 0
-        known = is_zlib or block.startswith(_GZIP_MAGIC[:1])
+        known = _is_zlib(block) or block.startswith(_GZIP_MAGIC[:1])
         self._inflater = zlib.decompressobj(_ZLIB_OR_GZIP if known else -zlib.MAX_WBITS)
         self._members += 1
         return block
+
+
+def _is_zlib(block: bytes) -> bool:
+    """RFC 1950, 2.2: how zlib's own format begins."""
+    head = int.from_bytes(block[:2], "big")
+    return head >> 8 & 15 == 8 and head % 31 == 0
 
 
 def _decompress(inflater: Any, block: bytes) -> Iterator[bytes]:
@@ -2074,8 +2076,8 @@ class _Reply:
         self.status: int = response.status
         self.reason: str = getattr(response, "reason", None) or ""
         self.headers = _take_headers(response.headers)
-        self.errors = errors  # that read() may raise
         self.via = via  # the proxy, for messages
+        self._errors = errors  # of the connection
         self._response = response
         self._release = release
         # The body's own bytes, from the file that http.client reads itself. What stands
@@ -2096,18 +2098,30 @@ class _Reply:
     def _choose_framing(self) -> _Framing:
         try:
             return _choose_framing(self.status, self.headers)
-        except (StreamError, ValueError):
+        except (StreamError, ValueError) as error:
             if 200 <= self.status < 300:
+                if isinstance(error, StreamError):
+                    error.request_id = _find_request_id(self.headers)
                 raise
             return _Framing()  # nothing hides the status of an error
 
     def read(self) -> bytes:
-        """What has arrived, or arrives next; b"" at the end of the connection."""
+        """What has arrived, or arrives next; b"" at the end of the connection.
+
+        Raises TruncatedStreamError where that breaks, and what the clock raises.
+        """
         self._has_read = True
-        if self._is_watched or self._sock is None:
-            return bytes(self._read1(_BLOCK_SIZE))
-        self._clock.watch(self._sock)
-        return bytes(self._clock.read(self._sock, self._read1, _BLOCK_SIZE))
+        try:
+            if self._is_watched or self._sock is None:
+                return bytes(self._read1(_BLOCK_SIZE))
+            self._clock.watch(self._sock)
+            return bytes(self._clock.read(self._sock, self._read1, _BLOCK_SIZE))
+        except ChatStreamError:
+            raise
+        except self._errors as error:
+            cause = _root_cause(error)
+            _pass_on(cause)
+            raise _cut(str(cause) or type(cause).__name__) from cause
 
     def close(self) -> None:
         """Keep the connection for another call if nothing of this one is left in it."""
@@ -2162,7 +2176,7 @@ def _take_headers(headers: Any) -> dict[str, str]:
 def _has_pending(sock: Any) -> bool:
     """Whether TLS holds bytes that it has decrypted and nobody has read."""
     with suppress(OSError, AttributeError, ValueError):
-        return bool(sock.pending())
+        return bool(getattr(sock, "sslobj", sock).pending())  # that of TLS inside TLS
     return False
 
 
@@ -2226,6 +2240,10 @@ class _WatchedConnection(_ConnectionBase):
     _wire: Optional[_Wire] = None
     _was_used = False
 
+    def connect(self) -> None:
+        self._was_used = False
+        super().connect()
+
     def request(
         self,
         method: str,
@@ -2237,8 +2255,8 @@ class _WatchedConnection(_ConnectionBase):
         self._upload = body if isinstance(body, _Upload) else None
         self._wire = None
         if self._upload is not None and self._upload.fresh and self._was_used:
-            self._was_used = False
-            self.sock.close()
+            if self.sock is not None:
+                self.sock.close()
             self.sock: Any = None  # at which http.client connects anew
         try:
             super().request(method, url, body=body, headers=headers or {}, **options)
@@ -2865,7 +2883,8 @@ def _server_error(
         raw = text
     told = _Told(raw if part is None else part, hide)
     message = told.message or _one_line(text, _MAX_SENTENCE)
-    shown = f" (code {told.code})" if told.code is not None else ""
+    code = _one_line(str(told.code), 40)
+    shown = f" (code {code})" if told.code is not None else ""
     return ServerError(
         f"the server reported an error inside its answer: {message}{shown}",
         message=message,
@@ -2928,20 +2947,26 @@ def _title(text: str) -> str:
 # --------------------------------------------------------------------------------------
 
 
-class _LineEnds:
-    """Lines end in LF, CRLF or CR (WHATWG SSE, 9.2.5), and in nothing else. Behind this
-    they end in LF."""
+class _Lines:
+    """Splits at LF, CRLF and CR (WHATWG SSE, 9.2.5), and at nothing else.
+
+    A line is searched for its end only where it is new, and joined once: a large event in
+    small reads stays linear.
+    """
 
     def __init__(self) -> None:
         self._start: Optional[bytes] = b""  # until a BOM is told from other bytes
         self._after_cr = False
+        self._unfinished: list[bytes] = []  # pieces of the last line
+        self._size = 0  # of them together
 
-    def feed(self, block: bytes) -> bytes:
+    def feed(self, block: bytes) -> list[bytes]:
+        """-> the lines that have ended in a block, without their ends."""
         if self._start is not None:
             block = self._start + block
             if len(block) < len(_BOM) and _BOM.startswith(block):
                 self._start = block
-                return b""
+                return []
             self._start = None
             block = block.removeprefix(_BOM)
         if self._after_cr or b"\r" in block:
@@ -2949,29 +2974,12 @@ class _LineEnds:
                 block = block[1:]
             self._after_cr = block.endswith(b"\r")
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        return block
-
-    def end(self) -> bytes:
-        """-> what was no BOM after all."""
-        start, self._start = self._start or b"", None
-        return b"" if start == _BOM else start
-
-
-class _Lines:
-    """Splits at LF. A line is searched for its end only where it is new, and joined once:
-    a large event in small reads stays linear."""
-
-    def __init__(self) -> None:
-        self._unfinished: list[bytes] = []  # pieces of the last line
-        self._size = 0  # of them together
-
-    def feed(self, block: bytes) -> list[bytes]:
-        """-> the lines that have ended in a block, without their ends."""
         lines = block.split(b"\n")
         last = lines.pop()
         if lines and self._unfinished:
-            self._unfinished.append(lines[0])
-            lines[0] = self._join()
+            lines[0] = b"".join([*self._unfinished, lines[0]])
+            self._unfinished = []
+            self._size = 0
         if last:
             self._size += len(last)
             _check_size(self._size)
@@ -2980,13 +2988,8 @@ class _Lines:
 
     def end(self) -> list[bytes]:
         """-> the last line, if it has no end."""
-        return [self._join()] if self._unfinished else []
-
-    def _join(self) -> bytes:
-        line = b"".join(self._unfinished)
-        self._unfinished = []
-        self._size = 0
-        return line
+        last = self._start or b"".join(self._unfinished)
+        return [last] if last else []
 
 
 def _check_size(size: int) -> None:
@@ -3027,15 +3030,15 @@ class _SSE:
     def feed(self, lines: list[bytes]) -> Iterator[tuple[str, bytes]]:
         for line in lines:
             if not line:
-                yield from self.end()
+                yield from self.flush()
                 self._kind = _DATA
             elif line.startswith(b"data:"):
                 yield from self._read_data(line)
             else:
                 yield from self._read_other(line)
 
-    def end(self) -> Iterator[tuple[str, bytes]]:
-        """The event, or the bare JSON, that has been read."""
+    def flush(self) -> Iterator[tuple[str, bytes]]:
+        """The event, or the bare JSON, as far as it has been read."""
         if self._data:
             text = b"\n".join(self._data)
             self._data.clear()
@@ -3044,7 +3047,7 @@ class _SSE:
             text = b"\n".join(self._bare)
             self._bare.clear()
             self._brackets = _Brackets()
-            yield _BARE, text
+            yield _ERROR if self._kind is _ERROR else _BARE, text
 
     def _add(self, lines: list[bytes], line: bytes) -> None:
         self._size = self._size + len(line) + 1 if lines else len(line)
@@ -3052,12 +3055,16 @@ class _SSE:
         lines.append(line)
 
     def _read_data(self, line: bytes) -> Iterator[tuple[str, bytes]]:
-        value = line[5:].removeprefix(b" ")
-        while value.startswith(b"data:"):  # frameworks that add a prefix of their own
-            value = value[5:].removeprefix(b" ")
-        if self._bare or value.strip() in _DONE_TEXTS:
-            yield from self.end()
-        if value.strip() in _DONE_TEXTS:
+        start = 0
+        while line.startswith(b"data:", start):  # frameworks add a prefix of their own
+            start += 5
+            if line.startswith(b" ", start):
+                start += 1
+        value = line[start:]
+        is_done = value.strip() in _DONE_TEXTS
+        if self._bare or is_done:
+            yield from self.flush()
+        if is_done:
             yield _DONE, b""
         else:
             self._add(self._data, value)
@@ -3065,36 +3072,41 @@ class _SSE:
     def _read_other(self, line: bytes) -> Iterator[tuple[str, bytes]]:
         """A line that is not `data:`."""
         name, _, value = line.partition(b":")
-        start = line.lstrip()[:1]
         if not name:
             return  # a comment
         if name in (b"event", b"id", b"retry", b"data"):
             if self._bare:
-                yield from self.end()
+                yield from self.flush()
             if name == b"event":
-                self._kind = self._find_kind(value.strip())
+                self._kind = _kind_of(value.strip())
             elif name == b"data":  # without a colon: empty (WHATWG SSE, 9.2.6)
                 self._add(self._data, b"")
         elif name.lower() == b"error":  # a field of llama.cpp's and gpustack's
-            yield from self.end()
+            yield from self.flush()
             yield _ERROR, value
-        elif self._bare or start in (b"{", b"["):
-            if self._data or line.strip() in _DONE_TEXTS:
-                yield from self.end()
-            if line.strip() in _DONE_TEXTS:
-                yield _DONE, b""
-                return
-            self._add(self._bare, line)
-            self._brackets.feed(line.decode("latin-1"))
-            if self._brackets.are_closed:
-                yield from self.end()
+        elif self._bare or line.lstrip()[:1] in (b"{", b"["):
+            yield from self._read_bare(line)
         else:
             yield _ASIDE, line
 
-    def _find_kind(self, name: bytes) -> str:
-        if name.lower() == b"error":
-            return _ERROR
-        return _DATA if name in (b"", b"message") else _NAMED
+    def _read_bare(self, line: bytes) -> Iterator[tuple[str, bytes]]:
+        is_done = line.strip() in _DONE_TEXTS
+        if self._data or is_done:
+            yield from self.flush()
+        if is_done:
+            yield _DONE, b""
+            return
+        self._add(self._bare, line)
+        self._brackets.feed(line.decode("latin-1"))
+        if self._brackets.are_closed:
+            yield from self.flush()
+
+
+def _kind_of(name: bytes) -> str:
+    """What an event is that has this name."""
+    if name.lower() == b"error":
+        return _ERROR
+    return _DATA if name in (b"", b"message") else _NAMED
 
 
 class _Brackets:
@@ -3206,7 +3218,6 @@ class _Answer:
         self._headers = headers or {}
         self._hide = hide  # for what is quoted
 
-        self._line_ends = _LineEnds()
         self._lines = _Lines()
         self._sse = _SSE()
         self._shortcut = _Shortcut()
@@ -3225,7 +3236,7 @@ class _Answer:
 
     def feed(self, block: bytes) -> Iterator[Event]:
         """The events in the next bytes. Raises StreamError, after those before it."""
-        lines = self._lines.feed(self._line_ends.feed(block))
+        lines = self._lines.feed(block)
         start = 0
         if not self._sse.is_idle:
             start = lines.index(b"") + 1 if b"" in lines else len(lines)
@@ -3237,14 +3248,14 @@ class _Answer:
         if any(lines[start + 1 : end : 2]):
             end = start
         match, hits = self._shortcut.match, 0
-        for text in lines[start:end:2]:
-            event = match(text)
+        for line in lines[start:end:2]:
+            event = match(line)
             if event is not None:
                 hits += 1
                 yield event
                 continue
             self._count_hits(hits)
-            yield from self._feed_lines([text, b""])
+            yield from self._feed_lines([line, b""])
             if self.done:
                 return
             match, hits = self._shortcut.match, 0
@@ -3254,12 +3265,12 @@ class _Answer:
 
     def _feed_lines(self, lines: list[bytes]) -> Iterator[Event]:
         for kind, data in self._sse.feed(lines):
-            yield from self._read(kind, data, source=lines[0])
+            yield from self._read(kind, data)
             if self.done:
                 return
 
     def _count_hits(self, hits: int) -> None:
-        """So many events were the shortcut's."""
+        """The shortcut has given so many events."""
         if hits:
             self.said += hits
             self._shortcut.keep_on()
@@ -3270,9 +3281,9 @@ class _Answer:
         cut: why no more bytes come; None: the body ended properly, or [DONE] came.
         """
         if not self.done:
-            yield from self.feed(self._line_ends.end())
             yield from self._feed_lines(self._lines.end())
-            for kind, data in self._sse.end():
+        if not self.done:
+            for kind, data in self._sse.flush():
                 yield from self._read(kind, data, is_cut=cut is not None)
         yield from self._give(self._take_halves())
         if self._skipped:
@@ -3282,7 +3293,8 @@ class _Answer:
                 self._skipped_text,
             )
         self._check_end(cut)
-        reasons = {c.index: c.reason for c in self._choices.values() if c.reason}
+        choices = self._choices.values()
+        reasons = {c.index: c.finish_reason for c in choices if c.finish_reason}
         yield Completed(
             response_id=self._response_id,
             model=self._model,
@@ -3314,18 +3326,16 @@ class _Answer:
             raise fault
         _log.warning("%s", self._hide(str(fault)))
 
-    def _give(self, events: list[Event]) -> list[Event]:
+    def _give(self, events: Sequence[Event]) -> Sequence[Event]:
         self.started = self.started or bool(events)
         return events
 
     # Texts
 
-    def _read(
-        self, kind: str, data: bytes, *, source: bytes = b"", is_cut: bool = False
-    ) -> Iterator[Event]:
+    def _read(self, kind: str, data: bytes, is_cut: bool = False) -> Iterator[Event]:
         """The events of an SSE event, or of what stands in its place.
 
-        source: the first line that it may have been made of.
+        is_cut: it is the last one of a body that was cut.
         """
         if kind is _DONE:
             self.done = True
@@ -3337,9 +3347,9 @@ class _Answer:
         values = _parse_values(text)
         self._shortcut.forget()
         if values is not None:
-            is_alone = kind is _DATA and len(values) == 1 and source == b"data: " + data
-            source = source if is_alone and not self._raw else b""
-            yield from self._read_values(kind, text, values, source)
+            is_usual = kind is _DATA and len(values) == 1 and not self._raw
+            source = b"data: " + data if is_usual else b""
+            yield from self._read_values(kind, text, values, is_cut, source)
         elif "\n" in text:
             yield from self._read_lines(kind, text, is_cut)
         else:
@@ -3353,30 +3363,35 @@ class _Answer:
         lines = text.split("\n")
         for line in lines:
             values = _parse_values(line)
+            is_last = is_cut and line is lines[-1]
             if values is not None:
-                yield from self._read_values(kind, line, values)
+                yield from self._read_values(kind, line, values, is_last)
             else:
-                last = is_cut and line is lines[-1]
-                yield from self._read_unreadable(kind, line, last)
+                yield from self._read_unreadable(kind, line, is_last)
 
     def _read_values(
-        self, kind: str, text: str, values: list[Any], source: bytes = b""
+        self,
+        kind: str,
+        text: str,
+        values: list[Any],
+        is_cut: bool,
+        source: bytes = b"",
     ) -> Iterator[Event]:
-        """source: the line, if it is the whole SSE event, and one value."""
+        """source: the line of a usual event, of which the shortcut may learn."""
         chunks = _objects_in(values)
         # For Chunk a second reading, so that nothing in it is a part of an event.
         twins = _objects_in(_parse_values(text) or []) if self._raw else chunks
         for chunk, twin in zip(chunks, twins):
             if not isinstance(chunk, dict):
-                yield from self._read_unreadable(kind, _dump(chunk), False)
+                yield from self._read_unreadable(kind, _dump(chunk), is_cut)
                 continue
-            events = self._read_chunk(kind, chunk)
+            part = _find_error(chunk)
+            events = self._read_chunk(kind, chunk, part is not None)
             if source:
-                self._shortcut.learn(source, chunk, events, self._find_call)
+                self._shortcut.learn(source, chunk, events, self._maker_of)
             if self._raw:
                 yield from self._give([Chunk(twin)])
             yield from self._give(events)
-            part = _find_error(chunk)
             if part is not None:
                 yield from self._give(self._take_halves())
                 raise _server_error(text, self._hide, chunk, part)
@@ -3411,10 +3426,12 @@ class _Answer:
 
     # Chunks
 
-    def _read_chunk(self, kind: str, chunk: dict[str, Any]) -> list[Event]:
+    def _read_chunk(
+        self, kind: str, chunk: dict[str, Any], is_error: bool
+    ) -> list[_Delta]:
         """-> its events; the rest of what it says is known from now on."""
         is_chunk = "choices" in chunk or "usage" in chunk
-        if is_chunk or _find_error(chunk) is not None:
+        if is_chunk or is_error:
             self._has_chunks = True
             self._is_bare = kind is _BARE
         elif not self._has_chunks:
@@ -3422,18 +3439,18 @@ class _Answer:
         if is_chunk or kind is not _NAMED:
             self._response_id = self._response_id or _word(chunk.get("id"))
             self._model = self._model or _word(chunk.get("model"))
-        events: list[Event] = []
+        events: list[_Delta] = []
         choices = chunk.get("choices")
         for position, data in enumerate(choices if isinstance(choices, list) else ()):
             if isinstance(data, dict):
                 self.said += 1
-                events += self._find_choice(data.get("index"), position).read(data)
+                events += self._choice_for(data.get("index"), position).read(data)
                 self._read_usage(data.get("usage"))  # Moonshot
         self._read_usage(_first_dict(chunk.get("x_groq")).get("usage"))
         self._read_usage(chunk.get("usage"))
         return events
 
-    def _find_choice(self, index: Any, position: int) -> _Choice:
+    def _choice_for(self, index: Any, position: int) -> _Choice:
         if type(index) is not int:  # Cloudflare sends none
             index = position
         if self._one_choice:  # Foundry Local counts tokens in it; Copilot uses two
@@ -3454,10 +3471,10 @@ class _Answer:
             if self._usage is None or any(counts.values()):
                 self._usage = usage
 
-    def _find_call(self, event: ToolCallDelta) -> _Call:
-        return self._choices[event.choice].find_call(event.index)
+    def _maker_of(self, event: _Delta) -> _Maker:
+        return self._choices[event.choice].maker_of(event)
 
-    def _take_halves(self) -> list[Event]:
+    def _take_halves(self) -> list[_Delta]:
         return [e for choice in self._choices.values() for e in choice.take_halves()]
 
 
@@ -3535,11 +3552,20 @@ class _Text:
         return "\ufffd" if half else ""
 
 
-#: Where reasoning is, in the order in which it is believed; it is never added up.
-_REASONING = ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details")
+#: The kinds of things that a message may have, by the member's name.
+_CONTENT, _REASONING, _REFUSAL, _CALLS = "content", "reasoning", "refusal", "tool_calls"
 
-#: The four kinds of things that a message may have, by the member's name.
-_CONTENT, _REASON, _REFUSAL, _CALLS = "content", "reasoning", "refusal", "tool_calls"
+#: The events of those that are texts.
+_TEXT_EVENTS: dict[str, Callable[[str, int], _Delta]] = {
+    _CONTENT: TextDelta,
+    _REASONING: ReasoningDelta,
+    _REFUSAL: RefusalDelta,
+}
+
+#: Where reasoning is, in the order in which it is believed; it is never added up.
+_REASONING_MEMBERS = (
+    *("reasoning_content", "reasoning", "reasoning_text", "reasoning_details"),
+)
 
 
 class _Choice:
@@ -3547,95 +3573,89 @@ class _Choice:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.reason = ""
-        self._is_open = False  # something of it came after the reason
-        self._has_grown = False  # since the first reason
+        self.finish_reason = ""
+        self._grew_since_first = False  # something came after the first finish_reason
+        self._grew_since_last = False  # something came after the last finish_reason
         self._streamed: set[str] = set()  # kinds of which something came
-        self._texts: dict[Any, _Text] = {}
+        self._texts: dict[str, _Text] = {}  # by kind
         self._calls = _Calls(index)
 
     def is_finished(self, done: bool) -> bool:
         """done: [DONE] has come, and then a reason is enough."""
-        return bool(self.reason) and (done or not self._is_open)
+        return bool(self.finish_reason) and (done or not self._grew_since_last)
 
-    def read(self, data: dict[str, Any]) -> list[Event]:
-        events: list[Event] = []
+    def read(self, data: dict[str, Any]) -> list[_Delta]:
+        events: list[_Delta] = []
         delta, message = data.get("delta"), data.get("message")
         if isinstance(delta, dict):
-            self._read_members(delta, frozenset(), events)
+            events += self._read_members(delta, frozenset())
         if isinstance(message, dict):
             # The whole text once more (Perplexity, MiniMax), or what was not streamed.
-            self._read_members(message, frozenset(self._streamed), events)
-        self._read_reason(_word(data.get("finish_reason")), bool(events))
+            events += self._read_members(message, frozenset(self._streamed))
+        self._read_finish_reason(_word(data.get("finish_reason")))
         return events
 
-    def _read_reason(self, reason: str, has_more: bool) -> None:
+    def _grow(self, kind: str) -> None:
+        """Something of this kind has come."""
+        self._streamed.add(kind)
+        self._grew_since_first = bool(self.finish_reason)
+        self._grew_since_last = True
+
+    def _read_finish_reason(self, reason: str) -> None:
         """The first one stands; but `stop`, which some servers write into every chunk,
         gives way to another one that comes with or after more."""
-        if has_more:
-            self._has_grown = bool(self.reason)
-            self._is_open = True
         if reason:
-            if not self.reason or (self.reason == "stop" and self._has_grown):
-                self.reason = reason[:_MAX_REASON]
-            self._is_open = False
+            first = self.finish_reason
+            if not first or (first == "stop" and self._grew_since_first):
+                self.finish_reason = reason[:_MAX_REASON]
+            self._grew_since_last = False
 
-    def find_call(self, position: int) -> _Call:
-        return self._calls.at(position)
+    def maker_of(self, event: _Delta) -> _Maker:
+        """-> what makes such an event of another text. Raises LookupError if none can."""
+        if isinstance(event, ToolCallDelta):
+            return self._calls.at(event.index).add
+        index = self.index
+        if isinstance(event, ReasoningDelta):
+            key = next(iter(event.extra or ()))
+            return lambda text: ReasoningDelta(text, index, {key: text})
+        if isinstance(event, TextDelta):
+            return (lambda text: TextDelta(text, index)) if index else TextDelta
+        raise LookupError
 
-    def take_halves(self) -> list[Event]:
+    def take_halves(self) -> list[_Delta]:
         """First halves of surrogate pairs whose second never came."""
-        events: list[Event] = []
-        for kind, text in self._texts.items():
-            half = text.take_half()
-            if half:
-                events.append(kind(half, self.index))
+        halves = [(kind, text.take_half()) for kind, text in self._texts.items()]
+        events = [_TEXT_EVENTS[kind](half, self.index) for kind, half in halves if half]
         return events + self._calls.take_halves()
 
     def _read_members(
-        self, source: dict[str, Any], known: frozenset[str], events: list[Event]
-    ) -> None:
+        self, source: dict[str, Any], known: frozenset[str]
+    ) -> Iterator[_Delta]:
         """A delta, or a message; of a message not the kinds that are known already."""
-        if _REASON not in known:
-            self._read_reasoning(source, events)
+        if _REASONING not in known:
+            yield from self._read_reasoning(source)
         content = source.get("content")
-        if content and _CONTENT not in known:
-            for part in content if isinstance(content, list) else (content,):
-                self._read_part(part, events)
+        for part in content if isinstance(content, list) else (content,):
+            kind, text = _read_part(part)
+            if kind not in known:
+                yield from self._read_text(kind, text)
         refusal = source.get("refusal")
-        if refusal and isinstance(refusal, str) and _REFUSAL not in known:
-            self._add(_REFUSAL, RefusalDelta, refusal, events)
+        if isinstance(refusal, str) and _REFUSAL not in known:
+            yield from self._read_text(_REFUSAL, refusal)
         if _CALLS not in known:
             calls = self._calls.read(source)
             if calls:
-                self._streamed.add(_CALLS)
-                events += calls
+                self._grow(_CALLS)
+            yield from calls
 
-    def _add(self, kind: str, event: Any, piece: str, events: list[Event]) -> None:
-        text = self._join(event, piece)
-        self._streamed.add(kind)
-        if text:
-            events.append(event(text, self.index))
+    def _read_text(self, kind: str, piece: str) -> Iterator[_Delta]:
+        if piece:
+            self._grow(kind)
+            text = self._join(kind, piece)
+            if text:
+                yield _TEXT_EVENTS[kind](text, self.index)
 
-    def _join(self, event: Any, piece: str) -> str:
-        if piece.isascii() and event not in self._texts:
-            return piece  # spares the object
-        if event not in self._texts:
-            self._texts[event] = _Text()
-        return self._texts[event].join(piece)
-
-    def _read_part(self, part: Any, events: list[Event]) -> None:
-        """Content, or a part of it: text is text, the other parts are reasoning."""
-        text = _find_texts(part)
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind == "refusal" and isinstance(part.get("refusal"), str):
-            self._add(_REFUSAL, RefusalDelta, part["refusal"], events)
-        elif text and kind in ("text", "output_text"):
-            self._add(_CONTENT, TextDelta, text, events)
-        elif text:  # Mistral, Databricks
-            self._add(_REASON, ReasoningDelta, text, events)
-
-    def _read_reasoning(self, source: dict[str, Any], events: list[Event]) -> None:
+    def _read_reasoning(self, source: dict[str, Any]) -> Iterator[_Delta]:
         """Servers name it in many ways, and some send the same text under two names."""
         extra = {
             name: value
@@ -3645,10 +3665,31 @@ class _Choice:
             and isinstance(value, (str, list, dict))
         }
         if extra:
-            found = (_find_texts(extra.get(name)) for name in _REASONING)
-            text = self._join(ReasoningDelta, next((t for t in found if t), ""))
-            self._streamed.add(_REASON)
-            events.append(ReasoningDelta(text, self.index, extra))
+            self._grow(_REASONING)
+            found = (_find_texts(extra.get(name)) for name in _REASONING_MEMBERS)
+            text = self._join(_REASONING, next((t for t in found if t), ""))
+            yield ReasoningDelta(text, self.index, extra)
+
+    def _join(self, kind: str, piece: str) -> str:
+        if piece.isascii() and kind not in self._texts:
+            return piece  # spares the object
+        if kind not in self._texts:
+            self._texts[kind] = _Text()
+        return self._texts[kind].join(piece)
+
+
+def _read_part(part: Any) -> tuple[str, str]:
+    """Content, or a part of it -> its kind and text.
+
+    Text is text, a refusal a refusal; all else is reasoning (Mistral, Databricks).
+    """
+    kind = "text"
+    if isinstance(part, dict):
+        kind = part.get("type") or "text"
+        if kind == "refusal" and isinstance(part.get("refusal"), str):
+            return _REFUSAL, part["refusal"]
+    is_text = kind in ("text", "output_text")
+    return (_CONTENT if is_text else _REASONING), _find_texts(part)
 
 
 def _find_texts(value: Any, depth: int = 0) -> str:
@@ -3685,11 +3726,8 @@ class _Call:
         self.name = self.name or part.name
         if part.is_custom:
             self._type = "custom"
-        arguments = part.arguments
-        if not isinstance(arguments, str):  # Writer, early llama.cpp
-            is_first = isinstance(arguments, (dict, list)) and not self.has_arguments
-            arguments = _dump(arguments) if is_first else ""
-        arguments = self._text.join(arguments)
+        is_again = part.is_object and self.has_arguments
+        arguments = "" if is_again else self._text.join(part.arguments)
         if arguments:
             self._add(arguments)
         if not (is_named or arguments or part.extra):
@@ -3746,7 +3784,11 @@ class _CallPart:
         self.index: Optional[int] = index if type(index) is int else None
         self.id = _word(data.get("id"))
         self.name = _word(source.get("name"))
-        self.arguments = source.get("input" if self.is_custom else "arguments")
+        arguments = source.get("input" if self.is_custom else "arguments")
+        self.is_object = isinstance(arguments, (dict, list))  # Writer, early llama.cpp
+        if self.is_object:
+            arguments = _dump(arguments)
+        self.arguments = arguments if isinstance(arguments, str) else ""
         known = ("index", "id", "type", "function", "custom" if self.is_custom else "")
         self.extra = {
             name: value
@@ -3772,10 +3814,10 @@ class _Calls:
     def at(self, position: int) -> _Call:
         return self._calls[position]
 
-    def take_halves(self) -> list[Event]:
+    def take_halves(self) -> list[_Delta]:
         return [event for event in (c.take_half() for c in self._calls) if event]
 
-    def read(self, source: dict[str, Any]) -> list[Event]:
+    def read(self, source: dict[str, Any]) -> list[_Delta]:
         """The events of a delta or message."""
         calls = source.get("tool_calls")
         legacy = source.get("function_call")
@@ -3788,11 +3830,11 @@ class _Calls:
             calls = [{"index": 0, "function": legacy}]
         else:
             return []
-        events: list[Event] = []
+        events: list[_Delta] = []
         for data in calls:
             if isinstance(data, dict):
                 part = _CallPart(data)
-                call = self._find(part)
+                call = self._call_for(part)
                 event = call.read(part)
                 if call.id:
                     self._by_id.setdefault(call.id, call)
@@ -3800,7 +3842,7 @@ class _Calls:
                     events.append(event)
         return events
 
-    def _find(self, part: _CallPart) -> _Call:
+    def _call_for(self, part: _CallPart) -> _Call:
         """The call that a delta belongs to, or a new one."""
         call = self._look_up(part)
         if call is None or self._begins_another(call, part):
@@ -3851,8 +3893,11 @@ class _Calls:
 # reading would differ from its first. Without all this the answer is the same, and costs
 # four times as much.
 
-#: An SSE event -> our event, if it is like the one learned from; else None.
+#: The line of an SSE event -> our event, if it is like the one learned from; else None.
 _Matcher = Callable[[bytes], Optional[Event]]
+
+#: A text -> the event with this text.
+_Maker = Callable[[str], Event]
 
 #: After so many matchers in a row that never matched, no more are learned.
 _PATIENCE = 8
@@ -3883,16 +3928,18 @@ class _Shortcut:
         self,
         source: bytes,
         chunk: dict[str, Any],
-        events: list[Event],
-        find_call: Callable[[ToolCallDelta], _Call],
+        events: list[_Delta],
+        maker_of: Callable[[_Delta], _Maker],
     ) -> None:
-        """source: one line, `data:` and a chunk; events: what was made of it."""
+        """source: one line, `data: ` and a chunk; events: what was made of it."""
         if len(events) != 1 or self._unused >= _PATIENCE:
             return
+        if b"\\ud" in source.lower():
+            return  # half of a surrogate pair may wait for the other
         event = events[0]
         try:
             cut = _cut_around(event, source, chunk)
-            make = _maker_of(event, find_call)
+            make = maker_of(event)
         except (LookupError, TypeError, AttributeError):  # its text came from elsewhere
             return
         if cut is not None:
@@ -3905,9 +3952,7 @@ def _is_plain(padding: bytes) -> bool:
     return padding.isalnum() or padding.replace(b"_", b"").isalnum()
 
 
-def _make_matcher(
-    head: bytes, middle: bytes, tail: bytes, make: Callable[[str], Event]
-) -> _Matcher:
+def _make_matcher(head: bytes, middle: bytes, tail: bytes, make: _Maker) -> _Matcher:
     """Match head + string + tail, or head + string + middle + padding + tail."""
     fixed_size = len(head) + len(tail)
 
@@ -3943,7 +3988,7 @@ def _read_literal(inner: str) -> str:
 
 
 def _cut_around(
-    event: Event, source: bytes, chunk: dict[str, Any]
+    event: _Delta, source: bytes, chunk: dict[str, Any]
 ) -> Optional[tuple[bytes, bytes, bytes]]:
     """-> head, middle and tail of `source` around the string of its event, and around its
     padding; None where that cannot be proven.
@@ -3960,21 +4005,22 @@ def _cut_around(
     if start < 0 or not source.startswith(literal, start):
         return None
     head, tail = source[:start], source[start + len(literal) - 1 :]
-    middle, probe, padded = b"", b"probe", ""
+    middle, padded = b"", ""
     for name in _PADDING:
         start = _find_literal(tail, name) if name in chunk else -1
         end = tail.find(b'"', start)
         if start >= 0 and _is_plain(tail[start:end]):
             middle, tail, padded = tail[:start], tail[end:], name
-            probe += middle + b"probe"
             break
-    twin_text = (head + probe + tail)[len(b"data:") :]
+    probe = "x" * len(source)  # which stands in neither hole: it is longer
+    filled = probe.encode() + (middle + probe.encode() if padded else b"")
+    twin_text = (head + filled + tail)[len(b"data:") :]
     twins = _parse_values(twin_text.decode("utf-8", "replace"))
     if not twins or not isinstance(twins[0], dict):
         return None
     twin = twins[0]
     twin_holder, _ = _place_of(event, twin)
-    if twin_holder[key] != "probe" or (padded and twin[padded] != "probe"):
+    if twin_holder[key] != probe or (padded and twin[padded] != probe):
         return None
     twin_holder[key] = text
     if padded:
@@ -3982,9 +4028,8 @@ def _cut_around(
     return (head, middle, tail) if twins == [chunk] else None
 
 
-def _text_of(event: Any) -> str:
-    text: str = event.arguments if isinstance(event, ToolCallDelta) else event.text
-    return text
+def _text_of(event: _Delta) -> str:
+    return event.arguments if isinstance(event, ToolCallDelta) else event.text
 
 
 def _find_literal(data: bytes, key: str) -> int:
@@ -3996,7 +4041,7 @@ def _find_literal(data: bytes, key: str) -> int:
     return -1
 
 
-def _place_of(event: Event, chunk: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _place_of(event: _Delta, chunk: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """-> the object that holds the event's text, and the name of its member.
 
     Raises LookupError where a second reading of the chunk might differ from the first.
@@ -4026,21 +4071,6 @@ def _place_of(event: Event, chunk: dict[str, Any]) -> tuple[dict[str, Any], str]
     raise LookupError
 
 
-def _maker_of(
-    event: Event, find_call: Callable[[ToolCallDelta], _Call]
-) -> Callable[[str], Event]:
-    """-> what makes such an event of another text."""
-    if isinstance(event, ToolCallDelta):
-        return find_call(event).add
-    if isinstance(event, ReasoningDelta):
-        choice, key = event.choice, next(iter(event.extra or ()))
-        return lambda text: ReasoningDelta(text, choice, {key: text})
-    if isinstance(event, TextDelta):
-        index = event.choice
-        return (lambda text: TextDelta(text, index)) if index else TextDelta
-    raise LookupError
-
-
 # --------------------------------------------------------------------------------------
 # Bytes from anywhere -> events -> messages
 # --------------------------------------------------------------------------------------
@@ -4054,17 +4084,21 @@ def _decode(
     cut: Optional[StreamError] = None
     while not answer.done:
         try:
-            piece = next(body, None)
-        except StreamError as fault:
-            cut = fault
-            break
-        if piece is None:
+            piece = next(body)
+        except StopIteration as end:
+            cut = end.value
             break
         yield from answer.feed(piece)
     yield from answer.end(cut)
 
 
-def _unpack(blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _unpack(
+    blocks: Iterator[bytes],
+) -> Generator[bytes, None, Optional[StreamError]]:
+    """Yields the body without compression, and returns what was wrong with that.
+
+    What `blocks` raises is the caller's, also if it is a StreamError.
+    """
     unpacking = _Unpacking("")
     for block in blocks:
         if not isinstance(block, (bytes, bytearray, memoryview)):
@@ -4072,10 +4106,17 @@ def _unpack(blocks: Iterator[bytes]) -> Iterator[bytes]:
             raise TypeError(
                 f"blocks: expected an iterable of bytes, got a {kind} in it"
             )
-        yield from unpacking.feed(bytes(block))
-    yield from unpacking.end()
-    if unpacking.unfinished:
-        raise _cut("its compressed data is incomplete")
+        body = bytes(block)
+        try:
+            for start in range(0, len(body), _BLOCK_SIZE):  # zlib copies what is left
+                yield from unpacking.feed(body[start : start + _BLOCK_SIZE])
+        except StreamError as fault:
+            return fault
+    try:
+        yield from unpacking.end()
+    except StreamError as fault:
+        return fault
+    return None
 
 
 class _Assembly:
@@ -4148,7 +4189,9 @@ class _Assembly:
         taken = {""}
         seen = set()
         for index, call in sorted(self._calls.items(), key=lambda item: item[0]):
-            call.arguments = _join_arguments(self._arguments[index])
+            pieces = self._arguments[index]
+            is_custom = call.type == "custom"  # and then it may be any text
+            call.arguments = "".join(pieces) if is_custom else _join_arguments(pieces)
             same = (call.id, call.name, call.arguments)
             if not (call.name or call.arguments) or (call.id and same in seen):
                 continue  # nothing, or sent again under another index (new-api, LocalAI)

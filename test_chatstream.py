@@ -713,6 +713,18 @@ ROWS = [
      [A, B, completed(skipped=1)]),
     ("B20 unknown members", sse(C("a", obfuscation="q7", service_tier="x", citations=[1], logprobs=1.5),
                                 C("b", obfuscation="w"), STOP, DONE), [A, B, END]),
+    ("B5 a part without a type", sse(C([{"type": None, "text": "a"}]), DONE), [A, Completed("c1", "m1")]),
+    ("B21 halves beside other text", sse(*[C(delta={"reasoning": "a", "content": "\ud83d"})] * 3, DONE),
+     [R("a", reasoning="a"), R("a", reasoning="a"), TextDelta("\ufffd"), R("a", reasoning="a"), TextDelta("\ufffd"), TextDelta("\ufffd"), Completed("c1", "m1")]),
+    ("B21 a half after the reason", sse(C("a", "stop"), C("\ud83d")), [A, TextDelta("\ufffd"), END]),
+    ("B16 message beside delta, in turn", sse(*[{"choices": [{"message": {"content": m}, "delta": {"content": "probe"}}]} for m in ("probe", "probeprobe")], DONE),
+     [TextDelta("probe"), TextDelta("probe"), Completed()]),
+    ("B17 a kind that came is not read again, in parts", sse(C(delta={"reasoning_content": "r"}), C("a"), whole({"content": [
+        {"type": "thinking", "thinking": "r"}, {"type": "text", "text": "a"}]}), DONE), [R("r"), A, END]),
+    ("B17 a kind that came is not read again, from parts", sse(C(delta={"reasoning_content": "r"}), whole({"content": [
+        {"type": "thinking", "thinking": "r"}, {"type": "text", "text": "a"}]}), DONE), [R("r"), A, END]),
+    ("B17 a kind that did not come is read from parts", sse(C("a"), whole({"content": [
+        {"type": "thinking", "thinking": "r"}, {"type": "text", "text": "a"}]}), DONE), [A, ReasoningDelta("r"), END]),
     ("B21 surrogates", sse(C("x\ud83d"), C("\udc69y"), STOP, DONE), [TextDelta("x"), TextDelta("👩y"), END]),
     ("B21 lone surrogates in names", sse(C("a", id="c\ud83d"), tool(0, "i\ud83d", "f\ud83d", "{}"), DONE),
      [A, ToolCallDelta(0, "i\ufffd", "f\ufffd", "{}"), Completed("c\ufffd", "m1")]),
@@ -839,6 +851,8 @@ ERROR_ROWS = [
     ("D6", sse(C("a")) + b'event: error\ndata: {"error":{"message":"boom"}}\n\n', [A], None, None, "boom"),
     ("D6 text", b"event: error\ndata: boom\n\n", [], None, None, "boom"),
     ("D6 data first", b"data: boom\nevent: error\n\n", [], None, None, "boom"),
+    ("D6 without data:", sse(C("a")) + b'event: error\n{"message":"boom"}\n\n' + sse(DONE), [A], None, None, "boom"),
+    ("D1 a code of many lines", sse({"error": {"message": "boom", "code": "A\n\x1b[2J"}}), [], "A\n\x1b[2J", None, "boom"),
     ("D7 detail", sse({"detail": [{"loc": ["x"], "msg": "boom"}]}), [], None, None, "boom"),
     ("D7 base_resp", sse({"base_resp": {"status_code": 1004, "status_msg": "boom"}}), [], 1004, None, "boom"),
     ("D8 code null", sse({"error": {"message": ["boom"], "code": None}}), [], None, None, "boom"),
@@ -926,6 +940,10 @@ CALL_ROWS = [
     ("C17 two objects stay", [tool(0, "i", "f", c) for c in ('{"a":1}', '{"b":2}')], [("i", "f", '{"a":1}{"b":2}')]),
     ("rule 4: the same call under another index", [tool(0, "i", "f", "{}"), tool(1, "i", "f", "{}"), tool(2, "j", "f", "{}")],
      [("i", "f", "{}"), ("j", "f", "{}")]),
+    ("C18 free text is no JSON to be put right", [C(delta={"tool_calls": [
+        {"index": 0, "id": "i", "custom": {"name": "f", "input": "{}"}}]}), C(delta={"tool_calls": [
+        {"index": 0, "custom": {"input": "[]"}}]})], [("i", "f", "{}[]")]),
+    ("C10 objects at one index, no id", [tool(0, None, "f", {}), tool(0, None, "f", {})], [(None, "f", "{}")] * 2),
     ("rule 4: neither name nor arguments", [tool(0, "i"), tool(1, "j", "g", "[]")], [("j", "g", "[]")]),
 ]  # fmt: skip
 
@@ -2763,6 +2781,13 @@ def test_a17_the_last_coding_decides(headers, chunked):
     assert framing.feed(b"1\r\na\r\n") == (b"a" if chunked else b"1\r\na\r\n")
 
 
+def test_a17_the_error_has_its_request_id(transport):
+    start = head("200 OK", "Transfer-Encoding: gzip, chunked", "X-Request-Id: r1")
+    with Server([start, CLOSE]) as server:
+        _, failure = collect(ask(server))
+    assert (type(failure), failure.request_id) == (cs.StreamError, "r1")
+
+
 @pytest.mark.parametrize("coding", ["gzip, chunked", "chunked, br", "gzip"])
 def test_a17_other_codings_are_named(transport, coding):
     with Server(
@@ -2824,9 +2849,11 @@ def unpack(encoding, blocks):
         for block in blocks:
             got += unpacking.feed(block)
         got += unpacking.end()
+    except cs.TruncatedStreamError:
+        return b"".join(got), True
     except cs.StreamError as failure:
         return b"".join(got), failure
-    return b"".join(got), unpacking.unfinished
+    return b"".join(got), False
 
 
 GZIP = gzip.compress(PLAIN)
@@ -2847,7 +2874,9 @@ GZIP = gzip.compress(PLAIN)
         ("a byte behind", "gzip", GZIP + b"\x1f", PLAIN, False),
         ("zlib", "deflate", zlib.compress(PLAIN), PLAIN, False),
         ("bare deflate", "deflate", zlib.compress(PLAIN)[2:-4], PLAIN, False),
+        ("zlib, gzip said", "gzip", zlib.compress(PLAIN), PLAIN, False),
         ("plain, gzip said", "gzip", PLAIN, PLAIN, False),
+        ("plain text, gzip said", "gzip", b"Service overloaded", b"Service overloaded", False),
         ("plain, br said", "br", b"\r\n" + PLAIN, b"\r\n" + PLAIN, False),
         ("plain, a comment, br said", "br", b": x", b": x", False),
         ("plain, JSON, zstd said", "zstd", b"{}", b"{}", False),
@@ -2885,7 +2914,7 @@ def test_a12_padding_without_end_costs_nothing():
     list(unpacking.feed(GZIP))
     for _ in range(2000):  # 128 MB, which zlib would all keep
         assert list(unpacking.feed(b"\0" * 65536)) == []
-    assert not unpacking.unfinished
+    assert list(unpacking.end()) == []
 
 
 def test_a12_a_wrong_checksum_behind_a_finished_answer(transport):
@@ -2899,6 +2928,10 @@ def test_a12_a_wrong_checksum_behind_a_finished_answer(transport):
 # --------------------------------------------------------------------------------------
 # decode(), the end of an answer, one choice
 # --------------------------------------------------------------------------------------
+
+
+def test_a14_many_prefixes_cost_linear_time():
+    assert decode([b"data:" * 2_000_000 + sse(C("a"), STOP)]) == ([A, END], None)
 
 
 def test_decode_takes_any_iterable_of_bytes(tmp_path):
@@ -2926,6 +2959,16 @@ def test_decode_raises_what_its_source_raises():
     assert next(events) == A
     with pytest.raises(OSError, match="disk"):
         next(events)
+
+
+@pytest.mark.parametrize("error", [cs.ServerError("x"), cs.TruncatedStreamError("x")])
+def test_decode_raises_what_its_source_raises_whatever_it_is(error):
+    def blocks():
+        yield sse(C("a"), STOP)
+        raise error
+
+    got, failure = collect(cs.decode(blocks()))
+    assert (got, failure) == ([A], error)
 
 
 def test_decode_stops_at_done():
@@ -3214,6 +3257,19 @@ def test_a_new_connection_that_dies_is_a_try():
 
 
 @needs_urllib3
+@pytest.mark.parametrize(
+    "first", [reply(PLAIN, "200 OK", "Connection: close"), reply(PLAIN)]
+)
+def test_a_connection_opened_anew_is_no_kept_one(first):
+    with Server([first, CLOSE], [CLOSE]) as server:
+        list(ask(server))
+        time.sleep(0.1)  # until the end of the kept connection has come
+        _, failure = collect(ask(server))
+    assert (type(failure), failure.attempts) == (cs.TransportError, 1)
+    assert len(server.requests) == 2
+
+
+@needs_urllib3
 def test_a_kept_connection_that_dies_in_the_reply_is_a_try():
     with Server([reply(PLAIN)], [b"HTTP/1.1 2", CLOSE]) as server:
         list(ask(server))
@@ -3484,6 +3540,41 @@ def test_cancel_between_two_events(transport):
         with pytest.raises(cs.CancelledError):
             next(call)
         server.wait_for_leaving()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [sse(C("a")) + sse(C("b", "stop"))[:-2], json.dumps(whole({"content": "a", "refusal": "r"})).encode()],
+    ids=["SSE without its last line end", "JSON"],
+)  # fmt: skip
+def test_cancel_between_two_events_of_the_end(transport, body):
+    with Server([reply(body)]) as server:
+        call = ask(server)
+        assert next(call) == A
+        cs.cancel(call)
+        assert type(collect(call)[1]) is cs.CancelledError
+
+
+def test_cancel_at_completed_does_nothing(transport):
+    with Server([reply(PLAIN)]) as server:
+        got = []
+        call = ask(server)
+        for event in call:
+            got.append(event)
+            if event == END:
+                cs.cancel(call)
+    assert got == [A, B, END]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
+def test_cancel_in_a_signal_handler_that_interrupts_another():
+    """The lock is held already, by the same thread."""
+    with Server([UNFINISHED, HOLD]) as server:
+        call = ask(server)
+        assert next(call) == A
+        with cs._clocks[call]._lock:
+            cs.cancel(call)
+        assert type(collect(call)[1]) is cs.CancelledError
 
 
 def test_cancel_after_the_end_does_nothing(transport):
