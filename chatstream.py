@@ -621,6 +621,11 @@ PROVIDERS: dict[str, Provider] = {
 # --------------------------------------------------------------------------------------
 
 
+#: The clocks of the calls whose generators somebody still holds, for cancel().
+_clocks: weakref.WeakKeyDictionary[Generator[Event, None, None], _Clock]
+_clocks = weakref.WeakKeyDictionary()
+
+
 def stream(
     messages: Union[str, Iterable[Union[dict[str, Any], Message]]],
     *,
@@ -694,7 +699,7 @@ def stream(
     ChatStreamErrors out of the loop.
     """
     where = _choose_provider(provider, base_url)
-    url = _check_url(where.base_url if base_url is None else base_url)
+    url = _parse_url(where.base_url if base_url is None else base_url)
     key = _choose_key(where, api_key)
     sent_headers = _merge_headers(
         {
@@ -718,8 +723,8 @@ def stream(
         body=_encode_body(body),
         one_choice=body.get("n") in (None, 1),
         key_source=where.env_key or "",
-        connect_timeout=_check_seconds("connect_timeout", connect_timeout),
-        max_retries=_check_retries(max_retries),
+        connect_timeout=_to_seconds("connect_timeout", connect_timeout),
+        max_retries=_to_retries(max_retries),
         strict=bool(strict),
         raw=bool(raw),
         pool=pool,
@@ -727,9 +732,9 @@ def stream(
     )
     clock = _Clock(
         url.shown,
-        idle_timeout=_check_seconds("idle_timeout", idle_timeout),
-        event_timeout=_check_seconds("event_timeout", event_timeout),
-        deadline=_check_seconds("deadline", deadline),
+        idle_timeout=_to_seconds("idle_timeout", idle_timeout),
+        event_timeout=_to_seconds("event_timeout", event_timeout),
+        deadline=_to_seconds("deadline", deadline),
     )
     events = _run(request, clock)
     _clocks[events] = clock
@@ -814,11 +819,6 @@ def cancel(events: Generator[Event, None, None]) -> None:
         kind = type(events).__name__
         raise TypeError(f"events: expected what stream() returned, got another {kind}")
     clock.cancel()
-
-
-#: The clocks of the calls whose generators somebody still holds, for cancel().
-_clocks: weakref.WeakKeyDictionary[Generator[Event, None, None], _Clock]
-_clocks = weakref.WeakKeyDictionary()
 
 
 # --------------------------------------------------------------------------------------
@@ -1005,7 +1005,7 @@ def _is_host(host: str) -> bool:
     )
 
 
-def _check_url(base_url: Any) -> _URL:
+def _parse_url(base_url: Any) -> _URL:
     if not isinstance(base_url, str):
         raise TypeError(f"base_url: expected a str, got a {type(base_url).__name__}")
     return _split_url(base_url)
@@ -1059,7 +1059,7 @@ def _origin(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://{host}{shown}"
 
 
-def _check_seconds(name: str, value: Any) -> Optional[float]:
+def _to_seconds(name: str, value: Any) -> Optional[float]:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -1072,7 +1072,7 @@ def _check_seconds(name: str, value: Any) -> Optional[float]:
     return float(value)
 
 
-def _check_retries(value: Any) -> int:
+def _to_retries(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"max_retries: expected an int, got {value!r}")
     if value < 0:
@@ -1160,7 +1160,7 @@ def _build_body(
                 "request's body that has this name goes into extra_body="
             )
     history = [{"role": "system", "content": instructions}] if instructions else []
-    history += _check_messages(messages)
+    history += _list_messages(messages)
     return {
         "model": model,
         "messages": history,
@@ -1179,7 +1179,7 @@ def _encode_body(body: dict[str, Any]) -> bytes:
         raise type(error)(f"the body cannot be written as JSON: {error}") from None
 
 
-def _check_messages(messages: Any) -> list[dict[str, Any]]:
+def _list_messages(messages: Any) -> list[dict[str, Any]]:
     wanted = "a str, or a sequence of dicts and Messages"
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}] if messages else []
@@ -1210,7 +1210,7 @@ def _check_messages(messages: Any) -> list[dict[str, Any]]:
 #: A header whose name holds one of these has a secret value.
 _SECRET_NAMES = ("auth", "key", "token", "secret", "cookie")
 
-#: Fewer characters are a dummy ("ollama"), and would be found everywhere.
+#: A shorter value is a dummy ("ollama"), and would be found everywhere.
 _SHORTEST_SECRET = 8
 
 
@@ -1387,7 +1387,7 @@ class _Clock:
         self._lock = threading.RLock()  # a signal handler may cancel() at any moment
         self._woken = threading.Event()
         self._sock: Any = None  # the socket that a cancel() shuts down
-        self.cancelled = False
+        self.cancelled = False  # looked at before check() is called, which costs more
 
     # What the call tells it
 
@@ -1406,24 +1406,27 @@ class _Clock:
         if self._event_timeout is not None:
             self._event_ends = time.monotonic() + self._event_timeout
 
-    def skip_event(self, seconds: float) -> None:
-        """So long the caller had the turn."""
+    def leave_out(self, seconds: float) -> None:
+        """So long the caller had the turn, which does not count."""
         self._event_ends += seconds
 
     def start_phase(self, seconds: float) -> None:
-        """From now on, all reading together may take so long."""
+        """From now on, all reading together may take so long.
+
+        What then ends it is nobody's error: both who use this suppress it.
+        """
         self._phase_ends = time.monotonic() + seconds
 
     # What others ask it
 
-    def within(self, seconds: Optional[float]) -> Optional[float]:
-        """`seconds` (None: no bound) or what is left of the deadline, if that is less."""
+    def left_of(self, seconds: Optional[float]) -> Optional[float]:
+        """-> `seconds` (None: no bound), or what is left of the deadline if that is less."""
         self.check()
         left = self._call_ends - time.monotonic()
         bound = left if seconds is None else min(seconds, left)
         return None if math.isinf(bound) else max(bound, 0.001)
 
-    def allows(self, seconds: float) -> bool:
+    def has_time_for(self, seconds: float) -> bool:
         """Whether a wait of so many seconds would end before the deadline."""
         return time.monotonic() + seconds < self._call_ends
 
@@ -1440,13 +1443,13 @@ class _Clock:
             what = "bytes came, but no chunk with anything in it"
             raise self._idle(what, self._event_timeout, "event_timeout")
         if now >= self._phase_ends:
-            raise self._idle("the body did not end", 0.0, "a bound of its own")
+            raise self._idle("the body did not end", None, "a bound of its own")
 
     @property
     def idle_timeout(self) -> Optional[float]:
         return self._idle_timeout
 
-    def silence(self) -> IdleTimeoutError:
+    def silence_error(self) -> IdleTimeoutError:
         """What to raise where a read has not got even one byte in time."""
         return self._idle("the server sent nothing", self._idle_timeout, "idle_timeout")
 
@@ -1486,7 +1489,7 @@ class _Clock:
             if self.cancelled or is_timeout:
                 self.check()
             if is_timeout:
-                raise self.silence() from None
+                raise self.silence_error() from None
             raise
         if self.cancelled:
             self.check()
@@ -1566,7 +1569,7 @@ def _run(request: _Request, clock: _Clock) -> Generator[Event, None, None]:
         if delay is None:
             delay = next(delays)
         last = attempt > request.max_retries or delay > _LONGEST_RETRY_AFTER
-        if not again or last or not clock.allows(delay):
+        if not again or last or not clock.has_time_for(delay):
             if attempt > 1:
                 error.args = (f"{error} ({attempt} attempts)",)
             raise error from cause
@@ -1665,7 +1668,7 @@ def _read_answer(
             if answer.said != said:
                 clock.start_event()
             elif request.raw:  # all else that is yielded says something
-                clock.skip_event(time.monotonic() - started)
+                clock.leave_out(time.monotonic() - started)
         for event in answer.end(cut):
             if clock.cancelled:
                 clock.check()
@@ -1712,7 +1715,7 @@ def _read_body(reply: _Reply, clock: _Clock) -> Iterator[bytes]:
     Ends where the body properly does; else raises, after all that had arrived, the
     TruncatedStreamError or IdleTimeoutError or DeadlineError that says how it ended.
     """
-    framing = reply.framing
+    framing = reply.open_body()
     unpacking = _Unpacking(reply.headers.get("content-encoding", ""))
     while not framing.ended:
         block = reply.read()
@@ -1878,7 +1881,7 @@ def _parse_size(line: bytes) -> int:
 
 
 def _choose_framing(status: int, headers: Mapping[str, str]) -> _Framing:
-    """RFC 9112, 6.3. Raises StreamError or ValueError for headers that say nonsense."""
+    """RFC 9112, 6.3. Raises StreamError for headers that say nonsense."""
     if status == 204 or status < 200:
         return _Framing(length=0)
     codings = headers.get("transfer-encoding", "").lower().split(",")
@@ -1898,7 +1901,7 @@ def _choose_framing(status: int, headers: Mapping[str, str]) -> _Framing:
     length = lengths.pop()
     if lengths or not (length.isascii() and length.isdigit()) or len(length) > 18:
         shown = _one_line(headers["content-length"], 40)
-        raise ValueError(f"expected one Content-Length, got {shown!r}")
+        raise _cut(f"expected one Content-Length, got {shown!r}")
     return _Framing(length=int(length))
 
 
@@ -2072,7 +2075,6 @@ class _Reply:
         errors: tuple[type[Exception], ...],
         via: str,
     ) -> None:
-        _read_past_interim(response)
         self.status: int = response.status
         self.reason: str = getattr(response, "reason", None) or ""
         self.headers = _take_headers(response.headers)
@@ -2080,30 +2082,29 @@ class _Reply:
         self._errors = errors  # of the connection
         self._response = response
         self._release = release
-        # The body's own bytes, from the file that http.client reads itself. What stands
-        # in for a connection may have none: then it has undone the framing.
+        # The body's own bytes, from the file that http.client reads itself. What some tool
+        # has put in the place of a response may have none: there its own bytes are taken,
+        # and the framing is undone already.
         file = getattr(response, "fp", None)
-        if hasattr(file, "read1"):
-            self.framing = self._choose_framing()
-        else:
-            file = response
-            self.framing = _Framing()
-        self._read1: Any = getattr(file, "read1", None) or response.read
+        self._is_raw = hasattr(file, "read1")
+        source = file if self._is_raw else response
+        self._read1: Any = getattr(source, "read1", None) or response.read
         raw = getattr(file, "raw", None)
         self._sock = getattr(raw, "_sock", None)
         self._clock = clock
         self._is_watched = isinstance(raw, _Wire)  # and asks the clock itself
+        self._framing = _Framing()
         self._has_read = False  # else more may stand in the file's own buffer
 
-    def _choose_framing(self) -> _Framing:
-        try:
-            return _choose_framing(self.status, self.headers)
-        except (StreamError, ValueError) as error:
-            if 200 <= self.status < 300:
-                if isinstance(error, StreamError):
-                    error.request_id = _find_request_id(self.headers)
-                raise
-            return _Framing()  # nothing hides the status of an error
+    def open_body(self) -> _Framing:
+        """-> what tells where the body ends. Raises StreamError where nothing can."""
+        if self._is_raw:
+            try:
+                self._framing = _choose_framing(self.status, self.headers)
+            except StreamError:
+                if 200 <= self.status < 300:  # else nothing hides the status
+                    raise
+        return self._framing
 
     def read(self) -> bytes:
         """What has arrived, or arrives next; b"" at the end of the connection.
@@ -2128,9 +2129,9 @@ class _Reply:
         reusable = (
             self.status >= 200
             and self._has_read
-            and self.framing.ended
-            and self.framing.named
-            and not self.framing.rest
+            and self._framing.ended
+            and self._framing.named
+            and not self._framing.rest
             and not getattr(self._response, "will_close", True)
             and not _has_pending(self._sock)
         )
@@ -2183,15 +2184,23 @@ def _has_pending(sock: Any) -> bool:
 class _Upload(io.BytesIO):
     """The request's body, sent from a file so that each block has a timeout of its own.
 
-    Tells how far we got: before its first block we were still connecting.
+    It is also the one object of ours that urllib3 hands through to the connection: so it
+    carries the call's clock there. tell() says how far we got: 0 while connecting.
 
     fresh: bool, it is to go over a new connection.
+    sent: bool, all of it was taken.
     """
 
-    def __init__(self, body: bytes, clock: _Clock, *, fresh: bool = False) -> None:
+    def __init__(self, body: bytes, clock: _Clock) -> None:
         super().__init__(body)
         self.clock = clock
-        self.fresh = fresh
+        self.fresh = False
+        self.sent = False
+
+    def start_again(self) -> None:
+        """Over a new connection."""
+        self.seek(0)
+        self.fresh = True
         self.sent = False
 
     def read(self, size: Optional[int] = -1) -> bytes:
@@ -2261,7 +2270,7 @@ class _WatchedConnection(_ConnectionBase):
         try:
             super().request(method, url, body=body, headers=headers or {}, **options)
         except OSError as error:
-            self._check_alive(error)
+            self._raise_if_dead(error)
             raise
 
     def getresponse(self, *args: Any, **options: Any) -> Any:
@@ -2271,10 +2280,10 @@ class _WatchedConnection(_ConnectionBase):
         try:
             response = super().getresponse(*args, **options)
         except OSError as error:
-            self._check_alive(error)
+            self._raise_if_dead(error)
             raise
         finally:
-            vars(self).pop("response_class", None)  # a proxy's reply is none of ours
+            vars(self).pop("response_class", None)  # which a CONNECT must not see
         self._was_used = True
         return response
 
@@ -2287,8 +2296,11 @@ class _WatchedConnection(_ConnectionBase):
             response.fp = io.BufferedReader(self._wire)
         return response
 
-    def _check_alive(self, error: OSError) -> None:
-        """uvicorn closes after a 500 without saying so; any server does after a while."""
+    def _raise_if_dead(self, error: OSError) -> None:
+        """Raise _DeadConnection if a kept connection broke before any byte of the reply.
+
+        uvicorn closes after a 500 without saying so; any server does after a while.
+        """
         untouched = self._wire is None or not self._wire.has_bytes
         _pass_on(error)
         timeout = isinstance(error, socket.timeout)
@@ -2327,26 +2339,17 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
     upload = _Upload(request.body, clock)
     try:
         if urllib3:
-            try:
-                opened = _open_pooled(urllib3, request, upload, proxy, tls)
-            except _DeadConnection:
-                upload = _Upload(request.body, clock, fresh=True)
-                opened = _open_pooled(urllib3, request, upload, proxy, tls)
+            response, release = _open_pooled(urllib3, request, upload, proxy, tls)
         else:
-            opened = _open_plain(request, upload, proxy, tls)
-        response, release = opened
-        try:
-            return _Reply(response, clock, release, errors=errors, via=via)
-        except BaseException:
-            response.close()
-            release(False)
-            raise
+            response, release = _open_plain(request, upload, proxy, tls)
     except errors as error:
         cause = _root_cause(error)
+    else:
+        return _Reply(response, clock, release, errors=errors, via=via)
     _pass_on(cause)
     clock.check()
     if isinstance(cause, socket.timeout) and upload.sent:
-        raise clock.silence() from cause
+        raise clock.silence_error() from cause
     problem, again = _describe_failure(cause, upload)
     error_text = f"{request.url.shown}{via}: {problem}"
     raise _Failed(TransportError(error_text), again=again) from cause
@@ -2409,7 +2412,7 @@ def _open_pooled(
     proxy: Optional[_Proxy],
     tls: Optional[_TLS],
 ) -> _Opened:
-    """On urllib3, whose response keeps the http.client.HTTPResponse that we read."""
+    """On urllib3: over a connection of a pool, which a dead one costs nothing."""
     pool = request.pool
     if pool is None:
         pool = _shared_pool(
@@ -2419,6 +2422,17 @@ def _open_pooled(
             urllib3.HTTPConnectionPool.ConnectionCls,  # of vcrpy, where that is at work
             urllib3.HTTPSConnectionPool.ConnectionCls,
         )
+    try:
+        return _send_pooled(urllib3, pool, request, upload)
+    except _DeadConnection:
+        upload.start_again()
+        return _send_pooled(urllib3, pool, request, upload)
+
+
+def _send_pooled(
+    urllib3: Any, pool: Any, request: _Request, upload: _Upload
+) -> _Opened:
+    """Raises _DeadConnection where a kept connection has ended unseen."""
     origin = request.url.origin
     clock = upload.clock
     opened = _count_connections(request.pool, origin)
@@ -2433,8 +2447,8 @@ def _open_pooled(
                 {"Content-Length": str(len(request.body))},
             ),
             timeout=urllib3.Timeout(
-                connect=clock.within(request.connect_timeout),
-                read=clock.within(clock.idle_timeout),
+                connect=clock.left_of(request.connect_timeout),
+                read=clock.left_of(clock.idle_timeout),
             ),
             retries=False,
             redirect=False,
@@ -2448,14 +2462,19 @@ def _open_pooled(
         if kept and broken and not upload.fresh:
             raise _DeadConnection from error
         raise
-    # Its own read1() costs three times as much (and 1.26 has none).
-    response = getattr(wrapper, "_original_response", None) or wrapper
 
     def release(reusable: bool) -> None:
         if not reusable:
             wrapper.close()
         wrapper.release_conn()
 
+    # Its own read1() costs three times as much (and 1.26 has none).
+    response = getattr(wrapper, "_original_response", None) or wrapper
+    try:
+        _read_past_interim(response)
+    except BaseException:
+        release(False)
+        raise
     return response, release
 
 
@@ -2536,7 +2555,7 @@ def _open_plain(
     if tunnel and peer.scheme == "https":
         text = "an https:// proxy for an https:// server needs urllib3"
         raise _Failed(TransportError(text), again=False)
-    seconds = upload.clock.within(request.connect_timeout)
+    seconds = upload.clock.left_of(request.connect_timeout)
     if tls is None:
         make = _watched(http.client.HTTPConnection)
         connection = make(peer.host, peer.port, timeout=seconds)
@@ -2547,6 +2566,7 @@ def _open_plain(
     if tunnel and proxy is not None:
         host, port = request.url.host, request.url.port
         connection.set_tunnel(host, port, dict(proxy.headers))
+    response = None
     try:
         connection.connect()
         for option in _keepalive_options():
@@ -2556,7 +2576,10 @@ def _open_plain(
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.request("POST", target, body=upload, headers=headers)
         response = connection.getresponse()
+        _read_past_interim(response)
     except BaseException:
+        if response is not None:
+            response.close()
         connection.close()
         raise
     return response, lambda reusable: connection.close()
@@ -2631,7 +2654,7 @@ def _find_proxy(url: _URL) -> Optional[_Proxy]:
 
 
 def _is_loopback(host: str) -> bool:
-    """A proxy would look on its own machine."""
+    """A proxy would connect to its own loopback."""
     if host.rstrip(".").lower() == "localhost":
         return True
     address = _parse_address(host)
@@ -2724,7 +2747,8 @@ def _tls_context(settings: _TLS) -> tuple[Any, str]:
 
 
 def _has_authorities(context: Any) -> bool:
-    """Those in a folder OpenSSL reads only when it needs them."""
+    """Whether it can trust anybody. OpenSSL reads a folder only when it needs it, so that
+    the context does not count what is in one."""
     import ssl
 
     if context.cert_store_stats()["x509_ca"]:
@@ -2743,9 +2767,11 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
     status, headers = reply.status, reply.headers
     body = request.secrets.hide_in_start(_read_error_body(reply, clock))
     parsed = _parse_json(body)
-    told = _Told(_title(body) if parsed is None else parsed, request.secrets.hide)
+    facts = _ErrorFacts(
+        _title(body) if parsed is None else parsed, request.secrets.hide
+    )
     text = f"HTTP {status} from {request.url.shown}{reply.via}: "
-    text += told.message or reply.reason
+    text += facts.message or reply.reason
     if 300 <= status < 400:
         location = _without_secrets(request.secrets.hide(headers.get("location", "")))
         text += f" (redirects are not followed; Location: {location})"
@@ -2758,13 +2784,13 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
     again = status in (408, 429) or status >= 500
     asked = headers.get("x-should-retry", "").lower()
     again = {"true": True, "false": False}.get(asked, again)
-    again = again and "insufficient_quota" not in (told.code, told.type)
+    again = again and "insufficient_quota" not in (facts.code, facts.type)
     error = (RetryLimitError if again else StatusError)(
         text,
         status=status,
         body=body,
-        message=told.message,
-        code=told.code,
+        message=facts.message,
+        code=facts.code,
         retry_after=wait,
         headers=headers,
     )
@@ -2834,7 +2860,8 @@ _SENTENCE_MEMBERS = (
 
 #: Of a flat error: members with its sentence, and with its code.
 _FLAT_SENTENCES = (
-    *("message", "msg", "text", "error_msg", "error_message", "errorMessage"),
+    *("message", "msg", "text"),
+    *("error_msg", "error_message", "errorMessage"),
 )
 _CODES = ("code", "error_code", "status_code")
 
@@ -2881,20 +2908,20 @@ def _server_error(
         raw = _parse_json(text)
     if raw is None:
         raw = text
-    told = _Told(raw if part is None else part, hide)
-    message = told.message or _one_line(text, _MAX_SENTENCE)
-    code = _one_line(str(told.code), 40)
-    shown = f" (code {code})" if told.code is not None else ""
+    facts = _ErrorFacts(raw if part is None else part, hide)
+    message = facts.message or _one_line(text, _MAX_SENTENCE)
+    code = _one_line(str(facts.code), 40)
+    shown = f" (code {code})" if facts.code is not None else ""
     return ServerError(
         f"the server reported an error inside its answer: {message}{shown}",
         message=message,
-        code=told.code,
-        type=told.type,
+        code=facts.code,
+        type=facts.type,
         raw=raw,
     )
 
 
-class _Told:
+class _ErrorFacts:
     """What an error's parsed JSON says, of whatever shape."""
 
     def __init__(self, value: Any, hide: Callable[[str], str]) -> None:
