@@ -725,8 +725,8 @@ def stream(
         key_source=where.env_key or "",
         connect_timeout=_to_seconds("connect_timeout", connect_timeout),
         max_retries=_to_retries(max_retries),
-        strict=bool(strict),
-        raw=bool(raw),
+        strict=_to_bool("strict", strict),
+        raw=_to_bool("raw", raw),
         pool=pool,
         secrets=secrets,
     )
@@ -780,7 +780,10 @@ def aggregate(
     Raises TypeError, out of the loop, for what is no event of this module, and what
     `events` raises; a ChatStreamError gets the messages so far as .partial.
     """
-    return _aggregate(iter(events), deltas)
+    if not hasattr(events, "__iter__"):
+        kind = type(events).__name__
+        raise TypeError(f"events: expected an iterable of events, got a {kind}")
+    return _aggregate(iter(events), _to_bool("deltas", deltas))
 
 
 def decode(
@@ -796,10 +799,10 @@ def decode(
     nobody knows what was asked for. Raises TypeError for what is no iterable of bytes, the
     StreamErrors of stream(), and what `blocks` raises, as it is.
     """
-    if isinstance(blocks, (str, bytes, bytearray)):
+    if isinstance(blocks, (str, bytes, bytearray)) or not hasattr(blocks, "__iter__"):
         kind = type(blocks).__name__
         raise TypeError(f"blocks: expected an iterable of bytes, got a {kind} alone")
-    return _decode(iter(blocks), bool(strict), bool(raw))
+    return _decode(iter(blocks), _to_bool("strict", strict), _to_bool("raw", raw))
 
 
 def cancel(events: Generator[Event, None, None]) -> None:
@@ -923,10 +926,16 @@ def _choose_provider(provider: Any, base_url: Optional[str]) -> Provider:
 def _choose_key(provider: Provider, api_key: Any) -> str:
     if api_key is not None and not isinstance(api_key, str):
         raise TypeError(f"api_key: expected a str, got a {type(api_key).__name__}")
+    if api_key and not api_key.strip():
+        raise ValueError("api_key: expected a key, got blanks")
     source, key = "api_key", api_key or ""
     if not key and provider.env_key:
         # Stripped, because files that set variables like to end in a line break.
-        source, key = provider.env_key, os.environ.get(provider.env_key, "").strip()
+        source = provider.env_key
+        if not isinstance(source, str):
+            kind = type(source).__name__
+            raise TypeError(f"Provider.env_key: expected a str or None, got a {kind}")
+        key = os.environ.get(source, "").strip()
         if not key:
             instructions = provider.env_key_instructions or ""
             raise MissingAPIKeyError(
@@ -1034,6 +1043,8 @@ def _split_url(base_url: str) -> _URL:
         ) from None
     if url.scheme not in ("http", "https") or not host or port == 0:
         raise ValueError(f"{wanted}, got {shown!r}")
+    if _has_surrogate(base_url):
+        raise ValueError(f"{wanted}, in valid Unicode; got {shown!r}")
     # Some clients take a backslash for a slash, others for a part of the host's name.
     if any(c <= " " or c in "\\#\x7f" for c in base_url):
         raise ValueError(
@@ -1070,6 +1081,12 @@ def _to_seconds(name: str, value: Any) -> Optional[float]:
             f"or None for no bound; got {value!r}"
         )
     return float(value)
+
+
+def _to_bool(name: str, value: Any) -> bool:
+    if value not in (True, False):
+        raise TypeError(f"{name}: expected True or False, got {value!r:.100}")
+    return bool(value)
 
 
 def _to_retries(value: Any) -> int:
@@ -1170,13 +1187,23 @@ def _build_body(
     }
 
 
+_write_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
 def _encode_body(body: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
-    except RecursionError:
-        raise ValueError("the request's body is nested too deeply for JSON") from None
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"the body cannot be written as JSON: {error}") from None
+        return _write_json(body).encode()
+    except (TypeError, ValueError, RecursionError):
+        pass  # which member is it?
+    for name, value in body.items():
+        try:
+            _write_json({name: value})
+        except RecursionError:
+            raise ValueError(f"{name}: nested too deeply for JSON") from None
+        except (TypeError, ValueError) as error:
+            text = f"{name!s:.100}: expected what JSON can hold: {error}"
+            raise type(error)(text) from None
+    raise ValueError("the request's body cannot be written as JSON")
 
 
 def _list_messages(messages: Any) -> list[dict[str, Any]]:
@@ -1335,7 +1362,9 @@ def _is_from_handler(error: BaseException) -> bool:
     """
     import signal
 
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    # The function inside signal's own makes no enums, which would cost more than the rest.
+    get = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+    handlers = [get(number) for number in range(1, signal.NSIG)]
     codes = [getattr(h, "__code__", None) for h in handlers if callable(h)]
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -1700,7 +1729,7 @@ def _is_passing(error: ServerError) -> bool:
         return True
     if "overloaded_error" in (error.code, error.type):
         return True
-    code = str(error.code)
+    code = str(error.code).removesuffix(".0")
     return code in ("408", "429") or bool(re.fullmatch("5[0-9][0-9]", code))
 
 
@@ -1882,7 +1911,7 @@ def _parse_size(line: bytes) -> int:
 
 def _choose_framing(status: int, headers: Mapping[str, str]) -> _Framing:
     """RFC 9112, 6.3. Raises StreamError for headers that say nonsense."""
-    if status == 204 or status < 200:
+    if status in (204, 304) or status < 200:
         return _Framing(length=0)
     codings = headers.get("transfer-encoding", "").lower().split(",")
     *before, last = [coding.strip() for coding in codings]
@@ -1913,6 +1942,9 @@ def _choose_framing(status: int, headers: Mapping[str, str]) -> _Framing:
 #: How SSE, JSON and HTML begin, behind a BOM or blanks. (zlib's own data begins with x.)
 _PLAIN_STARTS = (b"data", b"event", b"id", b"retry", b"error", b":", b"{", b"[", b"<")
 
+#: What stands in Content-Encoding for nothing.
+_NO_ENCODINGS = ("", "identity", "none", "utf-8")
+
 _BOM = b"\xef\xbb\xbf"
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -1931,7 +1963,9 @@ class _Unpacking:
 
     def __init__(self, encoding: str) -> None:
         self.is_plain = False
-        self._encoding = encoding.strip().lower()
+        names = [name.strip() for name in encoding.lower().split(",")]
+        # Those that are left say that something is compressed, and how.
+        self._encoding = ", ".join(n for n in names if n not in _NO_ENCODINGS)
         self._start: Optional[bytes] = b""  # None as soon as it is known what it is
         self._members = 0
         self._inflater: Any = None  # of the member that has begun and not ended
@@ -1966,19 +2000,16 @@ class _Unpacking:
     def _needs_more(self, start: bytes) -> bool:
         """Whether there is too little yet to tell what it is."""
         if len(start) < 2:
-            return not start or start == _GZIP_MAGIC[:1] or self._names_packing()
+            return not start or start == _GZIP_MAGIC[:1] or bool(self._encoding)
         text = start.lstrip(_BOM + b" \t\r\n")
         may_be_plain = any(plain.startswith(text) for plain in _PLAIN_STARTS)
-        return self._names_packing() and may_be_plain and len(start) < 64
-
-    def _names_packing(self) -> bool:
-        return self._encoding not in ("", "identity", "none", "utf-8")
+        return bool(self._encoding) and may_be_plain and len(start) < 64
 
     def _is_packed(self, start: bytes) -> bool:
         if start.startswith(_GZIP_MAGIC):
             return True
         text = start.lstrip(_BOM + b" \t\r\n")
-        if not self._names_packing() or text.startswith(_PLAIN_STARTS):
+        if not bool(self._encoding) or text.startswith(_PLAIN_STARTS):
             return False
         if self._encoding in ("gzip", "x-gzip"):  # or zlib under the wrong name
             return _is_zlib(start) or start == _GZIP_MAGIC[:1]
@@ -2272,6 +2303,11 @@ class _WatchedConnection(_ConnectionBase):
         except OSError as error:
             self._raise_if_dead(error)
             raise
+
+    def send(self, data: Any) -> None:
+        if self._upload is not None:
+            self._upload.clock.watch(getattr(self, "sock", None))
+        super().send(data)
 
     def getresponse(self, *args: Any, **options: Any) -> Any:
         if self._upload is not None and not args and not options:
@@ -2766,14 +2802,11 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
     """-> what a reply that is not 2xx means, with what can be had of its body."""
     status, headers = reply.status, reply.headers
     body = request.secrets.hide_in_start(_read_error_body(reply, clock))
-    parsed = _parse_json(body)
-    facts = _ErrorFacts(
-        _title(body) if parsed is None else parsed, request.secrets.hide
-    )
+    facts = _ErrorFacts(_parse_error_body(body), request.secrets.hide)
     text = f"HTTP {status} from {request.url.shown}{reply.via}: "
     text += facts.message or reply.reason
-    if 300 <= status < 400:
-        location = _without_secrets(request.secrets.hide(headers.get("location", "")))
+    location = _without_secrets(request.secrets.hide(headers.get("location", "")))
+    if 300 <= status < 400 and location:
         text += f" (redirects are not followed; Location: {location})"
     elif status == 401 and not _sends_key(request):
         source = f" or set {request.key_source}" if request.key_source else ""
@@ -2781,7 +2814,7 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
     elif status == 404 and request.url.target.startswith("/chat/completions"):
         text += " (the base URL has no path: does it lack /v1?)"
     wait = _retry_after(headers)
-    again = status in (408, 429) or status >= 500
+    again = status in (408, 429) or 500 <= status < 600
     asked = headers.get("x-should-retry", "").lower()
     again = {"true": True, "false": False}.get(asked, again)
     again = again and "insufficient_quota" not in (facts.code, facts.type)
@@ -2854,8 +2887,10 @@ def _seconds_until(date: str) -> float:
 
 #: Where servers put the sentence, in the order in which they are believed.
 _SENTENCE_MEMBERS = (
-    *("error", "message", "detail", "details", "msg", "text", "error_msg"),
+    *("error_description", "error"),
+    *("message", "detail", "details", "msg", "text", "error_msg"),
     *("error_message", "errorMessage", "base_resp", "status_msg", "errors"),
+    *("Message", "title", "description", "reason", "fault", "faultstring", "header"),
 )
 
 #: Of a flat error: members with its sentence, and with its code.
@@ -2869,34 +2904,38 @@ _CODES = ("code", "error_code", "status_code")
 _GOOD_CODES = ("", "0", "200", "ok", "success", "none", "false", "true")
 
 
-def _find_error(chunk: dict[str, Any]) -> Optional[dict[str, Any]]:
-    """-> the object in a chunk that reports an error; None if none does."""
-    choices = chunk.get("choices")
-    inside = choices if isinstance(choices, list) else []
-    for part in (chunk, *inside, chunk.get("x_groq")):
+def _find_error(chunk: dict[str, Any], *, is_named: bool) -> Optional[dict[str, Any]]:
+    """-> the object in a chunk that reports an error; None if none does.
+
+    is_named: its event has a name of its own, and may tell of anything (progress).
+    """
+    choices = _choices_in(chunk)
+    for part in (chunk, *choices, chunk.get("x_groq")):
         if isinstance(part, dict) and part.get("error"):  # null, {}, "", [] are none
             return part
     if choices:
         return None
-    base_resp = chunk.get("base_resp")
-    if (
-        chunk.get("object") == "error"  # vLLM, Mistral
-        or chunk.get("type") == "error"
-        or chunk.get("detail")  # FastAPI
-        or (chunk.get("errors") and isinstance(chunk["errors"], list))  # Cloudflare
-        or (isinstance(base_resp, dict) and base_resp.get("status_code"))  # MiniMax
-        or _is_flat_error(chunk)
-    ):
+    is_error = "error" in (chunk.get("object"), chunk.get("type"))  # vLLM, Mistral
+    if is_error or (not is_named and _is_flat_error(chunk)):
         return chunk
     return None
 
 
 def _is_flat_error(chunk: dict[str, Any]) -> bool:
-    """DashScope, Cerebras, Baidu."""
-    if not any(isinstance(chunk.get(name), str) for name in _FLAT_SENTENCES):
+    """FastAPI; Cloudflare; MiniMax; DashScope, Cerebras and Baidu."""
+    errors = chunk.get("errors")
+    if chunk.get("detail") or (errors and isinstance(errors, list)):
+        return True
+    if _is_bad_code(_first_dict(chunk.get("base_resp")).get("status_code")):
+        return True
+    has_sentence = any(isinstance(chunk.get(name), str) for name in _FLAT_SENTENCES)
+    return has_sentence and any(_is_bad_code(chunk.get(name)) for name in _CODES)
+
+
+def _is_bad_code(code: Any) -> bool:
+    if not isinstance(code, (str, int, float)):
         return False
-    codes = (chunk.get(name) for name in _CODES)
-    return any(str(code).lower() not in _GOOD_CODES for code in codes)
+    return str(code).lower().removesuffix(".0") not in _GOOD_CODES
 
 
 def _server_error(
@@ -2953,9 +2992,22 @@ def _find_sentence(value: Any, depth: int = 0) -> str:
     if isinstance(value, list):
         found = value
     elif isinstance(value, dict):
-        found = (value[name] for name in _SENTENCE_MEMBERS if name in value)
+        found = [value[name] for name in _SENTENCE_MEMBERS if name in value]
+        if isinstance(value.get("errors"), dict):  # ASP.NET: by the name of a field
+            found += value["errors"].values()
     sentences = (_find_sentence(item, depth + 1) for item in found)
     return next((sentence for sentence in sentences if sentence.strip()), "")
+
+
+def _parse_error_body(body: str) -> Any:
+    """-> the JSON in it, also behind `data:` (DashScope); else its title or beginning."""
+    text = body.lstrip("\ufeff")
+    behind = re.findall(r"^data:(.*)", text, re.MULTILINE)
+    for part in (text, *behind):
+        values = _parse_values(part)
+        if values:
+            return values if len(values) > 1 else values[0]
+    return _title(text)
 
 
 def _title(text: str) -> str:
@@ -3110,7 +3162,8 @@ class _SSE:
                 self._add(self._data, b"")
         elif name.lower() == b"error":  # a field of llama.cpp's and gpustack's
             yield from self.flush()
-            yield _ERROR, value
+            if value.strip() not in (b"", b"null", b'""', b"{}", b"[]"):
+                yield _ERROR, value
         elif self._bare or line.lstrip()[:1] in (b"{", b"["):
             yield from self._read_bare(line)
         else:
@@ -3146,7 +3199,7 @@ class _Brackets:
         self._depth = 0
         self._in_string = 0
         self._cut = ""  # a backslash whose character is still to come
-        self._has_any = False
+        self.opened = 0  # so many, all in all
 
     def feed(self, text: str) -> None:
         text = re.sub(r"\\.", "", self._cut + text, flags=re.DOTALL)
@@ -3156,11 +3209,11 @@ class _Brackets:
         self._in_string ^= (len(parts) - 1) & 1
         opened = outside.count("{") + outside.count("[")
         self._depth += opened - outside.count("}") - outside.count("]")
-        self._has_any = self._has_any or opened > 0
+        self.opened += opened
 
     @property
     def are_closed(self) -> bool:
-        return self._has_any and self._depth <= 0 and not self._in_string
+        return self.opened > 0 and self._depth <= 0 and not self._in_string
 
 
 # --------------------------------------------------------------------------------------
@@ -3177,8 +3230,11 @@ _match_blanks: Any = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
 
 def _parse_values(text: str) -> Optional[list[Any]]:
     """-> the JSON values in a text, one behind the other; None if it is anything else."""
-    if len(text) > _MAX_OBJECTS and text.count("{") + text.count("[") > _MAX_OBJECTS:
-        raise StreamError(f"expected events of at most {_MAX_OBJECTS} JSON objects")
+    if len(text) > _MAX_OBJECTS:
+        brackets = _Brackets()
+        brackets.feed(text)
+        if brackets.opened > _MAX_OBJECTS:
+            raise StreamError(f"expected events of at most {_MAX_OBJECTS} JSON objects")
     values: list[Any] = []
     place = _match_blanks(text, 0).end()
     try:
@@ -3412,7 +3468,7 @@ class _Answer:
             if not isinstance(chunk, dict):
                 yield from self._read_unreadable(kind, _dump(chunk), is_cut)
                 continue
-            part = _find_error(chunk)
+            part = _find_error(chunk, is_named=kind is _NAMED)
             events = self._read_chunk(kind, chunk, part is not None)
             if source:
                 self._shortcut.learn(source, chunk, events, self._maker_of)
@@ -3458,7 +3514,7 @@ class _Answer:
     ) -> list[_Delta]:
         """-> its events; the rest of what it says is known from now on."""
         is_chunk = "choices" in chunk or "usage" in chunk
-        if is_chunk or is_error:
+        if "choices" in chunk or is_error:  # Anthropic's streams have usage, too
             self._has_chunks = True
             self._is_bare = kind is _BARE
         elif not self._has_chunks:
@@ -3467,8 +3523,7 @@ class _Answer:
             self._response_id = self._response_id or _word(chunk.get("id"))
             self._model = self._model or _word(chunk.get("model"))
         events: list[_Delta] = []
-        choices = chunk.get("choices")
-        for position, data in enumerate(choices if isinstance(choices, list) else ()):
+        for position, data in enumerate(_choices_in(chunk)):
             if isinstance(data, dict):
                 self.said += 1
                 events += self._choice_for(data.get("index"), position).read(data)
@@ -3505,6 +3560,13 @@ class _Answer:
         return [e for choice in self._choices.values() for e in choice.take_halves()]
 
 
+def _choices_in(chunk: dict[str, Any]) -> list[Any]:
+    choices = chunk.get("choices")
+    if isinstance(choices, dict):
+        return [choices]
+    return choices if isinstance(choices, list) else []
+
+
 def _objects_in(values: list[Any]) -> list[Any]:
     """The objects of a text, also those in a list (Azure, Vertex); null is padding."""
     found = []
@@ -3524,8 +3586,10 @@ _USAGE_MEMBERS = {
 
 
 def _make_usage(data: dict[str, Any]) -> Usage:
-    prompt = _first_dict(data.get("prompt_tokens_details"))
-    completion = _first_dict(data.get("completion_tokens_details"))
+    details = [data.get(name + "_tokens_details") for name in ("prompt", "input")]
+    prompt = _first_dict(details)
+    details = [data.get(name + "_tokens_details") for name in ("completion", "output")]
+    completion = _first_dict(details)
     return Usage(
         _count(data, "prompt_tokens") or _count(data, "input_tokens"),  # mlx-vlm
         _count(data, "completion_tokens") or _count(data, "output_tokens"),
@@ -3614,6 +3678,10 @@ class _Choice:
     def read(self, data: dict[str, Any]) -> list[_Delta]:
         events: list[_Delta] = []
         delta, message = data.get("delta"), data.get("message")
+        if delta is None and message is None:
+            delta = data.get("text")  # as completions without chat have it
+        if isinstance(delta, str):
+            delta = {"content": delta}
         if isinstance(delta, dict):
             events += self._read_members(delta, frozenset())
         if isinstance(message, dict):
@@ -4355,7 +4423,7 @@ exit status: 0 done; 1 an error; 2 a wrong argument; 3 the answer ended early
     args.model = args.model or os.environ.get("CHATSTREAM_MODEL")
     if not args.model and not args.demo:
         parser.error("no model: give -m MODEL or set CHATSTREAM_MODEL")
-    if args.key_env and not os.environ.get(args.key_env):
+    if args.key_env and not os.environ.get(args.key_env, "").strip():
         parser.error(f"--key-env: the environment variable {args.key_env} is not set")
     args.body = {"stream_options": {"include_usage": True}} if args.usage else {}
     for option in args.option:
@@ -4442,10 +4510,13 @@ def _main(argv: Optional[list[str]] = None) -> int:
         with suppress(OSError):
             screen.end()
         return 130
-    except BrokenPipeError:
-        # The reader has enough (`| head -1`). Python flushes stdout once more at exit.
+    except OSError as error:
+        # Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):  # the reader has enough (`| head -1`)
+            return 0
+        screen.line(f"chatstream: cannot write the answer: {error}")
+        return 1
     finally:
         _log.removeHandler(handler)
 
@@ -4460,7 +4531,7 @@ def _answer_command(args: Any, screen: _Screen) -> int:
             instructions=args.instructions,
             provider=args.provider,
             base_url=args.base_url,
-            api_key=os.environ[args.key_env] if args.key_env else None,
+            api_key=os.environ[args.key_env].strip() if args.key_env else None,
             extra_body=args.body,
         )
         show = _show_json if args.json else _show_text

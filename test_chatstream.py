@@ -360,7 +360,7 @@ def test_ref_missing_key_is_an_error_with_instructions(monkeypatch):
     assert "https://console.groq.com/keys" in e.value.instructions
 
 
-@pytest.mark.parametrize("status", [300, 400, 401, 403, 404, 409, 422])
+@pytest.mark.parametrize("status", [300, 400, 401, 403, 404, 409, 422, 600, 999])
 def test_ref_other_statuses_are_raised_at_once(transport, status):
     with Server([error(f"{status} No", {"error": {"message": "bad", "code": 7}})]) as s:
         got, failure = collect(ask(s, max_retries=3))
@@ -815,6 +815,17 @@ ROWS = [
      [ToolCallDelta(0, "i", "f", "{"), ToolCallDelta(0, "i", "f", "}"), Completed("c1", "m1")]),
     ("C empty members are no extra", sse(tool(0, "i", "f", "{}", a="", b=[], c={}, d=0), DONE),
      [ToolCallDelta(0, "i", "f", "{}", {"d": 0}), Completed("c1", "m1")]),
+    ("D9 a field error that says nothing", sse(C("a")) + b'error: null\nerror:\nerror: {}\n\n' + sse(STOP), [A, END]),
+    ("D7 a good code", sse(C("a"), {"choices": [], "base_resp": {"status_code": "0"}}, {"base_resp": {"status_code": 0}}, STOP), [A, END]),
+    ("D7, D11 progress in named events", sse(C("a")) + b'event: tool\ndata: {"detail":"x"}\n\n'
+     b'event: status\ndata: {"message":"x","code":"search"}\n\n' + sse(STOP), [A, END]),
+    ("D11 odd codes", sse({"code": 200.0, "message": "x"}, {"code": {}, "message": "x"}, C("a"), STOP), [A, END]),
+    ("text where completions have it", sse({"choices": [{"text": "a"}]}, {"choices": [{"text": "", "finish_reason": "stop"}]}), [A, Completed("", "", "stop", {0: "stop"})]),
+    ("a delta that is a str", sse({"choices": [{"delta": "a"}]}, STOP), [A, END]),
+    ("choices that are an object", sse({"choices": {"delta": {"content": "a"}}}, STOP), [A, END]),
+    ("B14 input_tokens and their details", sse(C("a", "stop"), {"choices": [], "usage": {"input_tokens": 4, "input_tokens_details": {"cached_tokens": 3},
+        "output_tokens": 2, "output_tokens_details": {"reasoning_tokens": 1}}}),
+     [A, completed(usage=Usage(4, 2, 0, 3, 1, {"input_tokens_details": {"cached_tokens": 3}, "output_tokens_details": {"reasoning_tokens": 1}}))]),
     ("D11 good codes are no error", sse({"code": 0, "message": "Success"}, C("a"), {"code": "OK", "msg": "x"}, STOP), [A, END]),
     ("E1 and [DONE]", json.dumps(whole({"content": "a"})).encode() + b"\n\ndata: [DONE]\n\n", [A, END]),
     ("E1 two choices", json.dumps({"id": "c1", "model": "m1", "choices": [
@@ -865,6 +876,8 @@ ERROR_ROWS = [
      [A], 500, "t", "boom"),
     ("D10 x_groq", sse(C("a", x_groq={"error": "boom"}), DONE), [A], None, None, "boom"),
     ("D11 errors", sse({"success": False, "errors": [{"code": 7, "message": "boom"}]}), [], None, None, "boom"),
+    ("D7 base_resp, a str", sse({"base_resp": {"status_code": "1004", "status_msg": "boom"}}), [], "1004", None, "boom"),
+    ("D1 in a named event", b"event: x\n" + sse({"error": "boom"}), [], None, None, "boom"),
     ("D11 flat", sse({"code": "Bad", "message": "boom", "request_id": "q"}), [], "Bad", None, "boom"),
     ("D11 flat, other names", sse({"error_code": 17, "error_msg": "boom"}), [], 17, None, "boom"),
     ("D12 a line", sse(C("a")) + json.dumps({"error": ERROR}).encode() + b"\n", [A], 500, "t", "boom"),
@@ -1167,6 +1180,14 @@ def test_e3_not_an_event_stream(transport, body):
         ({"detail": "no such model"}, "application/json", "no such model"),
         ({"error": {"message": '{"error":{"message":"no such model"}}'}}, "x/y", "no such model"),
         (b"no such\n model", "text/plain", "no such model"),
+        (b'\xef\xbb\xbf{"error":{"message":"no such model"}}', "x/y", "no such model"),
+        (b"\xef\xbb\xbf<html><title>502</title>1.2.3.4</html>", "text/html", "502"),
+        (b'id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"code":"X","message":"no such model"}\n\n', "x/y", "no such model"),
+        (b'{"x":1}\n{"message":"no such model"}', "x/y", "no such model"),
+        ({"Message": "no such model"}, "x/y", "no such model"),
+        ({"title": "no such model", "status": 404}, "x/y", "no such model"),
+        ({"error": "invalid", "error_description": "no such model"}, "x/y", "no such model"),
+        ({"errors": {"model": ["no such model"]}}, "x/y", "no such model"),
         (b"<html><title>502 &amp; out</title>1.2.3.4</html>", "text/html", "502 & out"),
         (b"<html>1.2.3.4</html>", "text/html", ""),
         (b"", None, ""),
@@ -1910,9 +1931,14 @@ URL = "http://127.0.0.1:9/v1"
         ({"stream": False}, TypeError, "aggregate"),
         ({"extra_body": {"stream": False}}, TypeError, "aggregate"),
         ({"timeout": 5}, TypeError, "idle_timeout"),
-        ({"temperature": float("nan")}, ValueError, "JSON"),
-        ({"tools": {1, 2}}, TypeError, "JSON.*set"),
-        ({"messages": [{"content": b"x"}]}, TypeError, "JSON.*bytes"),
+        ({"temperature": float("nan")}, ValueError, "temperature.*JSON"),
+        ({"tools": {1, 2}}, TypeError, "tools.*JSON.*set"),
+        ({"messages": [{"content": b"x"}]}, TypeError, "messages.*JSON.*bytes"),
+        ({"api_key": "  "}, ValueError, "api_key.*blanks"),
+        ({"base_url": "http://x/\ud800"}, ValueError, "base_url.*Unicode"),
+        ({"provider": cs.Provider("x", URL, 5)}, TypeError, "env_key"),
+        ({"strict": "no"}, TypeError, "strict.*'no'"),
+        ({"raw": None}, TypeError, "raw"),
     ],
 )
 def test_wrong_arguments_are_refused_at_the_call(options, kind, text):
@@ -2087,6 +2113,13 @@ def test_redirects_are_not_followed(transport):
     assert len(server.requests) == 1
     assert "http://other/v2" in str(failure)
     assert "abc" not in str(failure)
+
+
+def test_304_has_no_body(transport):
+    with Server([head("304 Not Modified"), HOLD]) as server:
+        _, failure = collect(ask(server, idle_timeout=PATIENCE))
+    assert (type(failure), failure.status) == (cs.StatusError, 304)
+    assert "Location" not in str(failure)
 
 
 # --------------------------------------------------------------------------------------
@@ -2874,6 +2907,7 @@ GZIP = gzip.compress(PLAIN)
         ("a byte behind", "gzip", GZIP + b"\x1f", PLAIN, False),
         ("zlib", "deflate", zlib.compress(PLAIN), PLAIN, False),
         ("bare deflate", "deflate", zlib.compress(PLAIN)[2:-4], PLAIN, False),
+        ("zlib behind identity", "identity, deflate", zlib.compress(PLAIN), PLAIN, False),
         ("zlib, gzip said", "gzip", zlib.compress(PLAIN), PLAIN, False),
         ("plain, gzip said", "gzip", PLAIN, PLAIN, False),
         ("plain text, gzip said", "gzip", b"Service overloaded", b"Service overloaded", False),
@@ -2930,6 +2964,11 @@ def test_a12_a_wrong_checksum_behind_a_finished_answer(transport):
 # --------------------------------------------------------------------------------------
 
 
+def test_brackets_inside_a_text_are_no_objects():
+    text = "[" * (cs._MAX_OBJECTS + 1)
+    assert decode([sse(C(text, "stop"))]) == ([TextDelta(text), END], None)
+
+
 def test_a14_many_prefixes_cost_linear_time():
     assert decode([b"data:" * 2_000_000 + sse(C("a"), STOP)]) == ([A, END], None)
 
@@ -2944,8 +2983,10 @@ def test_decode_takes_any_iterable_of_bytes(tmp_path):
 
 @pytest.mark.parametrize("wrong", [PLAIN, "text", 5, None])
 def test_decode_wants_an_iterable_of_bytes(wrong):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="blocks: expected an iterable of bytes"):
         cs.decode(wrong)
+    with pytest.raises(TypeError, match="events: expected an iterable of events"):
+        cs.aggregate(len)
     with pytest.raises(TypeError, match="str"):
         list(cs.decode(["text"]))
 
@@ -2994,6 +3035,13 @@ def test_decode_of_a_cut_gzip():
         ),
         (b"plain words", "plain words"),
         (b'event: message_start\ndata: {"type":"message_start"}\n\n', "message_start"),
+        (
+            sse(
+                {"type": "message_start"},
+                {"type": "message_delta", "usage": {"output_tokens": 5}},
+            ),
+            "message_delta",
+        ),
         (sse("1", "true", '"x"'), "1 true"),
         (b"[]", "[]"),
         (PLAIN.replace(b"\n", b"\\n"), "choices"),
@@ -3508,6 +3556,17 @@ def test_cancel_in_each_phase(transport, phase, aggregated):
     assert type(failure) is cs.CancelledError
     assert got == ([] if aggregated else events)
     assert failure.partial == ((Message(content="a"),) if aggregated and events else ())
+
+
+def test_cancel_while_the_request_is_sent(transport):
+    with Server([DEAF, lambda *_: server.stopping.wait(PATIENCE)]) as server:
+        call = ask(server, "x" * 20_000_000, connect_timeout=PATIENCE)
+        timer = cancel_soon(call)
+        started = time.monotonic()
+        _, failure = collect(call)
+        assert time.monotonic() - started < PATIENCE / 2
+        timer.join()
+    assert type(failure) is cs.CancelledError
 
 
 @pytest.mark.parametrize("phase", ["headers", "body"])
@@ -4280,6 +4339,18 @@ def test_cli_closed_pipe_and_an_error(option):
         script = shlex.join([sys.executable, "chatstream.py", *args]) + " | true"
         run = subprocess.run(script, shell=True, cwd=HERE, capture_output=True)
     assert b"Traceback" not in run.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_cli_a_full_disk(option):
+    with Server([reply(PLAIN)]) as server, open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "chatstream.py", "-m", "m", "-u", server.url, *option, "x"],
+            cwd=HERE, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert run.returncode == 1
+    assert re.fullmatch("chatstream: cannot write the answer: .*\n", run.stderr)
 
 
 def test_cli_without_standard_streams():
