@@ -1360,23 +1360,26 @@ def _is_from_handler(error: BaseException) -> bool:
     that holds the one before it among its arguments is a handler's. Those that do not
     keep it are known by their code, as long as they are installed.
     """
-    import signal
-
-    # The function inside signal's own makes no enums, which would cost more than the rest.
-    get = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
-    handlers = [get(number) for number in range(1, signal.NSIG)]
-    codes = [getattr(h, "__code__", None) for h in handlers if callable(h)]
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         interrupted, inner = trace.tb_frame, trace.tb_next.tb_frame
-        if inner.f_code in codes:
-            return True
+        trace = trace.tb_next
+        if inner.f_globals is vars(json.decoder):
+            continue  # it says that something is no JSON, as it often does
         for value in list(inner.f_locals.values()):
             inside = value if isinstance(value, tuple) else (value,)
             if any(item is interrupted for item in inside):
                 return True
-        trace = trace.tb_next
+        if inner.f_code in _handler_codes():
+            return True
     return False
+
+
+def _handler_codes() -> list[Any]:
+    import signal
+
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    return [getattr(h, "__code__", None) for h in handlers if callable(h)]
 
 
 def _pass_on(error: BaseException) -> None:
@@ -1525,8 +1528,8 @@ class _Clock:
         return data
 
     def sleep(self, seconds: float) -> None:
+        """The wait before another try, or until a cancel(), which start_try() raises."""
         _sleep(seconds, self._woken)
-        self.check()
 
     # Cancelling
 
@@ -1785,7 +1788,7 @@ class _Framing:
     """
 
     def __init__(self, *, chunked: bool = False, length: Optional[int] = None) -> None:
-        self.ended = length == 0 and not chunked
+        self.ended = length == 0
         self.fault = ""
         self.rest = b""
         self.named = chunked or length is not None
@@ -3482,7 +3485,7 @@ class _Answer:
     def _read_unreadable(self, kind: str, text: str, is_cut: bool) -> Iterator[Event]:
         """Text that is not JSON: an error, padding, or skipped and said."""
         text = text.strip()
-        if text[:6].lower() == "error:" and kind is not _ERROR:  # Crane
+        if text[:6].lower() == "error:":  # Crane
             yield from self._give(self._take_halves())
             raise _server_error(text[6:].strip(), self._hide)
         if not text or is_cut or kind in (_NAMED, _ERROR) or text[0] == ":":
@@ -3501,7 +3504,7 @@ class _Answer:
             return
         self._other_size += len(text) + 1
         _check_size(self._other_size)
-        if len(self._other_text) < _MAX_QUOTE and text.strip():
+        if len(self._other_text) < _MAX_QUOTE:
             self._other_text = self._quote(f"{self._other_text} {text}")
 
     def _quote(self, text: str) -> str:
@@ -3629,7 +3632,7 @@ class _Text:
         self._half = ""
 
     def join(self, piece: str) -> str:
-        if self._half and piece:
+        if self._half:
             piece, self._half = self._half + piece, ""
         if piece.isascii() or not _has_surrogate(piece):
             return piece
@@ -4057,7 +4060,7 @@ def _make_matcher(head: bytes, middle: bytes, tail: bytes, make: _Maker) -> _Mat
             return None
         if middle:
             inner, _, padding = inner.partition(middle)
-            if not padding or not _is_plain(padding):
+            if not _is_plain(padding):
                 return None
         try:
             text = inner.decode()

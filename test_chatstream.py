@@ -846,6 +846,46 @@ ROWS = [
         {"id": 5, "model": {}, "usage": "x"}, C(usage=[1], finish=5), {"usage": {"prompt_tokens": "x"}},
         C(x_groq=5), {"choices": [{"index": True, "delta": {"content": "a"}}]}, DONE),
      [A, Completed("c1", "m1", usage=Usage())]),
+    ("B21 a half in another choice", sse(C("\ud83d", index=1), DONE), [TextDelta("\ufffd", 1), Completed("c1", "m1")]),
+    ("C a half at the end", sse(tool(0, "i", "f", "\ud83d"), DONE), [ToolCallDelta(0, "i", "f"), ToolCallDelta(0, "i", "f", "\ufffd"), Completed("c1", "m1")]),
+    ("B17 a summary of all kinds", sse(C(delta={"reasoning_content": "r", "refusal": "n", "content": "a"}), tool(0, "i", "f", "{}"), whole({"content": "a", "reasoning_content": "r", "refusal": "n", "tool_calls": [{"id": "i", "function": {"name": "f", "arguments": "{}"}}]}), DONE), [R("r"), A, RefusalDelta("n"), ToolCallDelta(0, "i", "f", "{}"), END]),
+    ("B17 a half, and its summary", sse(C("\ud83d"), whole({"content": "\ud83d"})), [TextDelta("\ufffd"), END]),
+    ("B17 a message that refuses twice", sse(whole({"content": [{"type": "refusal", "refusal": "n"}], "refusal": "m"})), [RefusalDelta("n"), RefusalDelta("m"), END]),
+    ("B5 parts of other types", sse(C([{"text": "a"}, {"type": "output_text", "text": "b"}, {"type": "refusal"}, {"type": "text", "text": "c", "refusal": "x"}]), STOP), [A, B, TextDelta("c"), END]),
+    ("B17 empty parts first", sse(C([{"type": "text", "text": ""}]), C([{"type": "reference"}]), whole({"content": "a", "reasoning_content": "r"})), [R("r"), A, END]),
+    ("B5 a part with two names", sse(C([{"type": "thinking", "text": "", "thinking": "t"}]), STOP), [ReasoningDelta("t"), END]),
+    ("B6 reasoning inside reasoning", sse(C(delta={"reasoning": {"reasoning": "r"}}), STOP), [R("r", reasoning={"reasoning": "r"}), END]),
+    ("B6 reasoning_content is believed first", sse(C(delta={"reasoning": "s", "reasoning_content": "r"}), STOP), [R("r", reasoning="s", reasoning_content="r"), END]),
+    ("B5 lists without end", sse(C([[[[[[[[[["deep"]]]]]]]]]]), STOP), [END]),
+    ("B5 objects without end", sse(C({"text": {"text": {"text": {"text": {"text": {"text": {"text": {"text": {"text": "deep"}}}}}}}}}), STOP), [END]),
+    ("C8 the id, then the name", sse(tool(0, "i"), tool(0, None, "f"), DONE), [ToolCallDelta(0, "i"), ToolCallDelta(0, "i", "f"), Completed("c1", "m1")]),
+    ("C18 custom, more without its kind", sse(C(delta={"tool_calls": [{"index": 0, "id": "i", "custom": {"name": "f", "input": "a"}}]}), C(delta={"tool_calls": [{"index": 0, "signature": "s"}]}), DONE), [ToolCallDelta(0, "i", "f", "a", type="custom"), ToolCallDelta(0, "i", "f", "", {"signature": "s"}, type="custom"), Completed("c1", "m1")]),
+    ("C10 arguments a list", sse(tool(0, "i", "f", [1]), DONE), [ToolCallDelta(0, "i", "f", "[1]"), Completed("c1", "m1")]),
+    ("C18 custom an empty object", sse(C(delta={"tool_calls": [{"index": 0, "id": "i", "custom": {}}]}), tool(0, None, "f", "{}"), DONE), [ToolCallDelta(0, "i"), ToolCallDelta(0, "i", "f", "{}"), Completed("c1", "m1")]),
+    ("C18 custom beside function, custom no object", sse(C(delta={"tool_calls": [{"index": 0, "id": "i", "function": {"name": "f", "arguments": "{}"}, "custom": {"name": "g"}}]}), C(delta={"tool_calls": [{"index": 1, "id": "j", "custom": "x"}]}), DONE), [ToolCallDelta(0, "i", "f", "{}", {"custom": {"name": "g"}}), ToolCallDelta(1, "j", "", "", {"custom": "x"}), Completed("c1", "m1")]),
+    ("tool_calls a number", sse(C(delta={"tool_calls": 5}), DONE), [Completed("c1", "m1")]),
+    ("C14 beside an empty tool_calls", sse(C(delta={"tool_calls": [], "function_call": {"name": "f", "arguments": "{}"}}), DONE), [ToolCallDelta(0, "", "f", "{}"), Completed("c1", "m1")]),
+    ("C14 an empty stub, then a call", sse(C(delta={"function_call": {"name": "", "arguments": ""}}), tool(1, "i", "f", "{}"), DONE), [ToolCallDelta(0, "i", "f", "{}"), Completed("c1", "m1")]),
+    ("C14 the name each time", sse(C(delta={"function_call": {"name": "f", "arguments": "{"}}), C(delta={"function_call": {"name": "f", "arguments": "}"}}), DONE), [ToolCallDelta(0, "", "f", "{"), ToolCallDelta(0, "", "f", "}"), Completed("c1", "m1")]),
+    ("JSON behind a broken line, then chunks like those before", sse(C("a"), C("b")) + b'{"x\n' + sse(C("q"), start="", end="\n") + sse(C("c"), STOP), [A, B, TextDelta("q"), TextDelta("c"), END]),
+    ("bare, then not", sse(C("a"), start="", end="\n") + sse(C("b")) + b"{x\n\n" + sse(STOP), [A, B, END]),
+    ("A13 named, JSON that is no chunk, first", b'event: x\ndata: {"id":"t","model":"t"}\n\n' + PLAIN, [A, B, END]),
+    ("A5 named chunks", sse(C("a"), STOP, start="event: c\ndata: "), [A, END]),
+    ("B13 usage an empty object", sse(C("a", finish="stop", usage={})), [A, END]),
+    ("B13 zeros with more do not replace", sse(C("a", usage=USAGE), C(finish="stop", usage={**ZEROS, "cost": 0.5})), [A, completed(usage=USED)]),
+    ("B14 floats, and a bool", sse(C("a", finish="stop", usage={"prompt_tokens": 2.0, "total_tokens": True})), [A, completed(usage=Usage(2))]),
+    ("A5 event: error alone", b"event: error\n\n" + PLAIN, [A, B, END]),
+    ("A6 a data line without colon inside a string", b'data: {"choices":[{"delta":{"content":"a\ndata\ndata: b"}}]}\n\n', [TextDelta("a\n\nb"), Completed()]),
+    ("JSON lines, broken before [DONE]", b'{"x\n' + sse(C("a"), DONE, start="", end="\n"), [A, Completed("c1", "m1")]),
+    ("A13 text in an event without a name of its own", sse(C("a")) + b"event: message\ndata: x\n\nevent:\ndata: y\n\n" + sse(STOP), [A, completed(skipped=2)]),
+    ("A1 LF, then CRLF, in one block", b"event: x\ndata: y\n\ndata: z\r\n\r\n" + sse(C("a"), STOP), [A, completed(skipped=1)]),
+    ("the shortcut: two events of one chunk", sse(*[C(delta={"content": "a", "refusal": "n"})] * 3, STOP), [A, RefusalDelta("n"), A, RefusalDelta("n"), A, RefusalDelta("n"), END]),
+    ("the shortcut: more behind the padding", sse(C("a", obfuscation="q"), C("b", obfuscation="q"), C("a", obfuscation="q", usage=USAGE, z="w"), C("b", finish="stop", obfuscation="q")), [A, B, A, B, completed(usage=USED)]),
+    ("D11 not beside choices", sse(C("a", type="error"), STOP), [A, END]),
+    ("D11 errors, base_resp and flat of wrong types", sse({"errors": "x"}, {"base_resp": "x"}, {"code": "x", "error_msg": 5}, {"code": "x"}, {"code": True, "msg": "x"}, {"code": 200, "msg": "x"}, C("a"), STOP), [A, END]),
+    ("shortcut: extra in a call", sse(tool(0, "i", "f", ""), *[tool(0, None, None, "a", x=1)] * 3, DONE), [ToolCallDelta(0, "i", "f"), *[ToolCallDelta(0, "i", "f", "a", {"x": 1})] * 3, Completed("c1", "m1")]),
+    ("the shortcut: a member twice, alike at first", b"".join(b'data: {"choices":[{"delta":{"content":"%b","content":"a"}}]}\n\n' % c for c in (b"a", b"b")), [A, A, Completed()]),
+    ("B21 the first and the last pair", sse(C("\ud800"), C("\udc00"), C("\udbff"), C("\udfff"), STOP), [TextDelta("\U00010000"), TextDelta("\U0010ffff"), END]),
 ]  # fmt: skip
 
 #: (row, body, events before the error, code, type, message)
@@ -891,6 +931,15 @@ ERROR_ROWS = [
     ("E2", json.dumps({"error": ERROR}).encode(), [], 500, "t", "boom"),
     ("E2 list", json.dumps([{"error": ERROR}]).encode(), [], 500, "t", "boom"),
     ("B21 a half before an error", sse(C("\ud83d"), {"error": "boom"}), [TextDelta("\ufffd")], None, None, "boom"),
+    ("D6 a chunk like those before", sse(C("a"), C("b")) + b"event: error\n" + sse(C("c")), [A, B, TextDelta("c")], None, None, json.dumps(C("c"))),
+    ("D13 a chunk like those before behind it", sse(C("a"), C("b")) + b"data: error: boom\n" + sse(C("c")), [A, B], None, None, "boom"),
+    ("B21 a half before an error's text", sse(C("\ud83d")) + b"event: error\ndata: boom\n\n", [TextDelta("\ufffd")], None, None, "boom"),
+    ("D6 error: inside", b"event: error\ndata: error: boom\n\n", [], None, None, "boom"),
+    ("D6 any case", b"event: ERROR\ndata: boom\n\n", [], None, None, "boom"),
+    ("D6 no sentence", b'event: error\ndata: {"x":1}\n\n', [], None, None, '{"x":1}'),
+    ("D2 JSON in a string, no sentence", sse({"error": '{"a":1}'}), [], None, None, '{"a":1}'),
+    ("D1 an empty type", sse({"error": {"type": "", "message": "boom"}}), [], None, "", "boom"),
+    ("a blank sentence", sse({"error": {"message": " ", "detail": "boom"}}), [], None, None, "boom"),
 ]  # fmt: skip
 
 #: (row, chunks, [(id, name, arguments)] of the one message; id None: any unique one)
@@ -958,6 +1007,23 @@ CALL_ROWS = [
         {"index": 0, "custom": {"input": "[]"}}]})], [("i", "f", "{}[]")]),
     ("C10 objects at one index, no id", [tool(0, None, "f", {}), tool(0, None, "f", {})], [(None, "f", "{}")] * 2),
     ("rule 4: neither name nor arguments", [tool(0, "i"), tool(1, "j", "g", "[]")], [("j", "g", "[]")]),
+    ("an index that is False", [tool(0, "i", "f", "{}"), tool(1, "j", "g", "["), C(delta={"tool_calls": [{"index": False, "function": {"arguments": "]"}}]})], [("i", "f", "{}"), ("j", "g", "[]")]),
+    ("C2 no id, then no index: the last", [tool(0, None, "f", "{}"), tool(1, None, "g", "["), tool(None, None, None, "]")], [(None, "f", "{}"), (None, "g", "[]")]),
+    ("C11 one id for two, then by id: the first", [tool(0, "i", "f", "{"), tool(1, "i", "g", "[]"), tool(None, "i", None, "}")], [("i", "f", "{}"), (None, "g", "[]")]),
+    ("C8 the id later, no index", [tool(None, None, "f", "{"), tool(None, "i", None, "}")], [("i", "f", "{}")]),
+    ("C8 a second call's id before its name", [tool(0, "i", "f", "{}"), tool(1, "j"), tool(1, None, "g", "[]")], [("i", "f", "{}"), ("j", "g", "[]")]),
+    ("C8 the id later, with the name again", [tool(0, None, "f", "{"), tool(0, "i", "f", "}")], [("i", "f", "{}")]),
+    ("C3 no id, another name without arguments", [tool(0, None, "f", "{}"), tool(0, None, "g", ""), tool(0, None, None, "[]")], [(None, "f", "{}"), (None, "g", "[]")]),
+    ("C6 the name once more behind a whole call", [tool(0, None, "f", "{}"), tool(0, None, "f", "")], [(None, "f", "{}")]),
+    ("C6 a piece that ends in a backslash", [tool(0, None, "f", c) for c in ('{"a\\', '"}', '":1}')], [(None, "f", '{"a\\"}":1}')]),
+    ("C6 blanks first", [tool(0, None, "f", c) for c in (" ", "{}")], [(None, "f", " {}")]),
+    ("C3 one bracket too many", [tool(0, None, "f", c) for c in ('{"a":1}}', '{"a":2}')], [(None, "f", '{"a":1}}'), (None, "f", '{"a":2}')]),
+    ("C3 after fragments with the name, no id", [tool(0, None, "f", c) for c in ('{"a', "b", '":1}', "{}")], [(None, "f", '{"ab":1}'), (None, "f", "{}")]),
+    ("C3 a long call, then one of its name, no id", [tool(0, None, "f", '{"a":"'), *[tool(0, None, None, "x")] * 300, tool(0, None, None, '"}'), tool(0, None, "f", "{}")], [(None, "f", '{"a":"' + "x" * 300 + '"}'), (None, "f", "{}")]),
+    ("arguments alone are a call", [tool(0, None, None, "{}")], [(None, "", "{}")]),
+    ("rule 4: other arguments", [tool(0, "i", "f", "{}"), tool(1, "i", "f", "[]")], [("i", "f", "{}"), (None, "f", "[]")]),
+    ("C17 whole in two pieces that look alike", [tool(0, "i", "f", c) for c in ("1", "12")], [("i", "f", "112")]),
+    ("C17 {} with blanks first", [tool(0, "i", "f", c) for c in ("{} ", '{"a":1}')], [("i", "f", '{"a":1}')]),
 ]  # fmt: skip
 
 
@@ -4678,3 +4744,364 @@ def test_the_licence_is_in_the_file():
     licence = words((HERE / "LICENSE").read_text(encoding="utf-8"))
     module = words(pathlib.Path(cs.__file__).read_text(encoding="utf-8"))
     assert module[-len(licence) :] == licence
+
+
+# --------------------------------------------------------------------------------------
+# Rules at their edges
+# --------------------------------------------------------------------------------------
+
+
+def test_a_wait_may_be_longer_than_the_bound_of_an_error_body(transport, monkeypatch):
+    monkeypatch.setattr(cs, "_ERROR_BODY_SECONDS", 0.1)
+    busy = error("429 Slow", {}, "Retry-After-Ms: 300")
+    with Server([busy], [reply(PLAIN)]) as server:
+        assert list(ask(server, max_retries=1)) == [A, B, END]
+
+
+def test_a_wait_may_be_longer_than_event_timeout(transport):
+    busy = error("503 Busy", {}, "Retry-After-Ms: 500")
+    with Server([busy], [reply(PLAIN)]) as server:
+        assert list(ask(server, max_retries=1, event_timeout=0.3)) == [A, B, END]
+
+
+def test_the_bound_of_an_error_body_ends_with_its_try(sleeps, monkeypatch):
+    monkeypatch.setattr(cs, "_ERROR_BODY_SECONDS", 0.2)
+    with Server([error("503 Busy", {})], [0.5, reply(PLAIN)]) as server:
+        assert list(ask(server, max_retries=1)) == [A, B, END]
+
+
+def test_silence_before_the_headers_of_a_second_try(sleeps):
+    with Server([error("503 Busy", {})], [HOLD]) as server:
+        _, failure = collect(ask(server, max_retries=1, idle_timeout=0.2))
+    assert "before the headers" in str(failure)
+
+
+def test_a_first_word_obeys_the_headers_too(transport, sleeps):
+    body = sse({"error": {"message": "m", "code": 429}})
+    scripts = (
+        [reply(body, "200 OK", "Retry-After: 7")],
+        [reply(body, "200 OK", "X-Should-Retry: false")],
+        [reply(PLAIN)],
+    )
+    with Server(*scripts) as server:
+        _, failure = collect(ask(server, max_retries=3))
+    assert (sleeps, len(server.requests)) == ([7.0], 2)
+    assert type(failure) is cs.ServerError
+
+
+@pytest.mark.parametrize(
+    "fields, passing",
+    [
+        ({"code": "server_error"}, True),
+        ({"type": "overloaded_error"}, True),
+        ({"code": 408}, True),
+        ({"code": 503.0}, True),
+        ({"code": 5}, False),
+        ({"code": "50"}, False),
+        ({"code": "insufficient_quota", "type": "server_error"}, False),
+    ],
+)
+def test_which_first_words_may_pass(fields, passing):
+    assert cs._is_passing(cs.ServerError("x", **fields)) is passing
+
+
+def test_half_a_bom_is_an_answer_nobody_can_read():
+    _, failure = decode([b"\xef\xbb"])
+    assert type(failure) is cs.StreamError
+    assert "\ufffd" in str(failure)
+
+
+def test_strict_an_error_line_behind_json_lines():
+    body = sse(C("a"), start="", end="\n") + b"error: boom\n"
+    assert type(decode([body], strict=True)[1]) is cs.ServerError
+
+
+@pytest.mark.parametrize(
+    "start, skipped", [(sse(C("a"), STOP), 0), (b"data: {x\n" + sse(C("a"), STOP, end="\n"), 1)]
+)  # fmt: skip
+def test_half_a_line_at_a_cut_is_not_skipped_data(transport, start, skipped):
+    body = CHUNKED + chunked(start + b'data: {"cho')
+    with Server([body, CLOSE]) as server:
+        assert list(ask(server)) == [A, completed(skipped=skipped)]
+
+
+@pytest.mark.parametrize("half", [b"1", b'{"cho'])
+def test_strict_half_a_line_at_a_cut_is_the_cut(transport, half):
+    with Server([CHUNKED + chunked(sse(C("a")) + b"data: " + half), CLOSE]) as server:
+        got, failure = collect(ask(server, strict=True))
+    assert (got, type(failure)) == ([A], cs.TruncatedStreamError)
+
+
+def test_what_says_something_is_counted_also_by_the_shortcut():
+    answer = cs._Answer(strict=False, raw=False, one_choice=True)
+    for body, said in [
+        (sse(C("a"), C("b"), C("c")), 3),
+        (sse(C("d"), STOP), 5),
+        (sse({"choices": [], "usage": USAGE}), 6),
+        (sse({"choices": []}), 6),
+    ]:
+        list(answer.feed(body))
+        assert answer.said == said
+
+
+def test_the_shortcut_goes_on_as_long_as_it_helps(monkeypatch):
+    parsed, real = [], cs._parse_values
+    monkeypatch.setattr(cs, "_parse_values", lambda t: parsed.append(t) or real(t))
+    decode([sse(*[c for _ in range(20) for c in [{"choices": []}, *[C("w")] * 50]])])
+    assert len(parsed) < 20 * 5
+
+
+def test_raw_gives_chunks_that_are_alike_each():
+    got, _ = decode([sse(C("a"), C("b"), C("a"), STOP)], raw=True)
+    assert sum(isinstance(event, Chunk) for event in got) == 4
+
+
+def test_a_broken_json_line_holds_nothing_back():
+    answer = cs._Answer(strict=False, raw=False, one_choice=True)
+    list(answer.feed(b"{x\n" + sse(C("a"))))
+    assert list(answer.feed(sse(C("b"), start="", end="\n"))) == [B]
+
+
+def test_the_order_behind_a_broken_json_line():
+    broken = b'{"x\n' + sse(C("q"), start="", end="\n")
+    got, _ = decode([sse(C("a"), C("b")), broken, sse(C("c"), STOP)])
+    assert got == [A, B, TextDelta("q"), TextDelta("c"), END]
+
+
+def test_lines_are_counted_one_by_one(monkeypatch):
+    monkeypatch.setattr(cs, "_MAX_EVENT", 1000)
+    body = sse(*[C("a")] * 50, STOP)
+    _, failure = decode([body[i : i + 7] for i in range(0, len(body), 7)])
+    assert failure is None
+
+
+def test_d1_a_code_of_0_is_shown():
+    _, failure = decode([sse({"error": "b", "code": 0})])
+    assert failure.code == 0
+    assert "(code 0)" in str(failure)
+
+
+def test_a_sentence_is_looked_for_only_so_deep():
+    deep = {"message": "boom"}
+    for _ in range(12):
+        deep = {"error": deep}
+    _, failure = decode([sse(deep)])
+    assert failure.message.startswith("{")
+
+
+def test_a_location_shows_no_password(transport):
+    location = "Location: http://bob:hidden@x.test/a"
+    with Server([reply(b"", "302 Found", location)]) as server:
+        _, failure = collect(ask(server))
+    assert "hidden" not in str(failure)
+    assert "x.test/a" in str(failure)
+
+
+def test_300_is_a_redirect(transport):
+    with Server([reply(b"", "300 Many", "Location: /x")]) as server:
+        assert "Location" in str(collect(ask(server))[1])
+
+
+def test_retry_after_ms_is_no_date():
+    assert cs._retry_after({"retry-after-ms": http_date(30)}) is None
+
+
+def failing(error):
+    def read(_):
+        raise error
+
+    return read
+
+
+def test_a_timeout_before_its_time_is_the_systems():
+    sock = types.SimpleNamespace(gettimeout=lambda: 5.0, settimeout=lambda _: None)
+    clock = cs._Clock("u", idle_timeout=5.0, event_timeout=None, deadline=None)
+    with pytest.raises(TimeoutError, match="ETIMEDOUT"):
+        clock.read(sock, failing(TimeoutError("ETIMEDOUT")), None)
+    clock.cancel()
+    with pytest.raises(cs.CancelledError):
+        clock.read(sock, failing(ConnectionResetError("x")), None)
+
+
+def flood(data):
+    """A step of a script: sends until the client leaves, but not for ever."""
+
+    def send(sock, file):
+        end = time.monotonic() + PATIENCE
+        with contextlib.suppress(OSError):
+            while time.monotonic() < end:
+                sock.sendall(data)
+
+    return send
+
+
+def test_the_deadline_holds_under_a_flood(transport):
+    with Server([head("200 OK"), flood(b": x\n" * 20000)]) as server:
+        started = time.monotonic()
+        _, failure = collect(ask(server, deadline=0.5))
+        assert time.monotonic() - started < PATIENCE / 2
+    assert type(failure) is cs.DeadlineError
+
+
+def test_of_an_endless_error_body_the_beginning_is_enough(transport):
+    with Server([head("400 Bad"), flood(b"x" * 65536)]) as server:
+        _, failure = collect(ask(server))
+    assert (failure.status, len(failure.body)) == (400, cs._MAX_ERROR_BODY)
+
+
+def test_all_forms_of_a_secret_are_hidden():
+    secrets = cs._Secrets('quote"d-/secret', "12345678")
+    secrets.add_headers({"Authorization": "Bearer very-secret-value"})
+    secrets.add_query("key=query%2Fsecret")
+    assert secrets.hide("12345678 very-secret-value") == "*** ***"
+    assert secrets.hide("query%2Fsecret query/secret") == "*** ***"
+    assert secrets.hide(json.dumps('quote"d-/secret')) == '"***"'
+    assert secrets.hide('quote"d-/secret') == "***"
+    secrets.add("another-secret")
+    assert secrets.hide("another-secret") == "***"
+
+
+def test_causes_of_causes_are_cleaned():
+    inner = ValueError(KEY)
+    try:
+        try:
+            raise inner
+        except ValueError:
+            raise KeyError("x")  # noqa: B904
+    except KeyError as error:
+        failure = cs.TransportError("t")
+        failure.__cause__ = error
+    cs._Secrets(KEY).clean(failure)
+    assert KEY not in str(inner)
+
+
+def test_a_proxys_password_is_a_secret(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://bob:hidden-password@proxy.test:1")
+    found = cs._find_proxy(cs._URL("http", "x.test", 80, "/"))
+    assert "hidden-password" in found.secrets
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"headers": {"X": "a\x7f"}},
+        {"headers": {"": "x"}},
+        {"base_url": "http://-x.test/v1"},
+        {"base_url": "http://" + "a." * 127 + "test/v1"},
+    ],
+)
+def test_headers_and_hosts_that_are_none(options):
+    with pytest.raises(ValueError, match=r"expected|control"):
+        ask(URL, **options)
+
+
+def test_a_tab_may_stand_in_a_header():
+    ask(URL, headers={"X": "a\tb"})
+
+
+def test_no_proxy_with_a_dot_or_a_port():
+    assert cs._goes_direct("x.test", 80, "x.test.")
+    assert cs._goes_direct("api.x.test", 80, "x.test:80")
+
+
+def test_a_closed_connection_is_no_odd_reply(transport):
+    with Server([CLOSE]) as server:
+        assert "expected a reply" not in str(collect(ask(server))[1])
+
+
+@pytest.mark.parametrize(
+    "error, heals",
+    [(FileNotFoundError("x"), False), (UnicodeError("x"), False), (OSError("x"), True)],
+)
+def test_what_another_try_heals(error, heals):
+    assert cs._describe_failure(error, cs._Upload(b"", None))[1] is heals
+
+
+def test_a17_codings_and_lengths():
+    assert cs._choose_framing(204, {}).ended
+    assert cs._choose_framing(101, {}).ended
+    framing = cs._choose_framing(200, {"transfer-encoding": ", chunked"})
+    assert framing.feed(b"1\r\na\r\n") == b"a"
+    for length in ("3, 4", "1" * 19):
+        with pytest.raises(cs.StreamError, match="one Content-Length"):
+            cs._choose_framing(200, {"content-length": length})
+
+
+def test_a12_members_and_junk_in_odd_blocks():
+    assert unpack("gzip", [GZIP + b"xx", GZIP]) == (PLAIN, False)
+    assert unpack("gzip", [bytes([c]) for c in GZIP * 3]) == (PLAIN * 3, False)
+
+
+def test_a12_a_fault_behind_more_than_a_block():
+    data = bytes(range(256)) * 1000
+    raw = bytearray(gzip.compress(data))
+    raw[-6] ^= 1
+    got, failure = unpack("gzip", [bytes(raw)])
+    assert (got, type(failure)) == (data, cs.StreamError)
+
+
+def test_the_deadline_holds_while_much_unpacks_from_little(transport):
+    body = gzip.compress(b": x\n" * 16_000_000)
+    with Server([reply(body, "200 OK", "Content-Encoding: gzip")]) as server:
+        _, failure = collect(ask(server, deadline=0.3))
+    assert type(failure) is cs.DeadlineError
+
+
+@pytest.mark.parametrize("most", [1024, 1025])
+def test_c16_the_oldest_index_is_forgotten(most):
+    chunks = [tool(0, "i", "f", "{"), tool(1, "j", "g", "[")]
+    chunks += [tool(n, None, None, " ") for n in range(2, most)]
+    chunks += [tool(0, None, None, "}")]
+    message = next(cs.aggregate(cs.decode([sse(*chunks)])))
+    is_known = most == 1024
+    assert message.tool_calls[0].arguments == ("{}" if is_known else "{")
+    assert message.tool_calls[1].arguments.endswith(" " if is_known else "}")
+
+
+def test_aggregate_extras_that_change_their_type():
+    events = [R("r", x=["p"]), R("r", x="s"), R("r", y=["p"]), R("r", y={"q": 1}), END]
+    assert next(cs.aggregate(events)).extra == {"x": "s", "y": {"q": 1}}
+
+
+def test_aggregate_extras_are_copies():
+    def events():
+        for text in "ab":
+            yield R("r", x=[{"text": text}])
+        yield END
+
+    for event in cs.aggregate(events(), deltas=True):
+        if isinstance(event, ReasoningDelta):
+            event.extra["x"][0]["text"] = "changed"
+        elif isinstance(event, Message):
+            assert event.extra == {"x": [{"text": "a"}, {"text": "b"}]}
+
+
+def test_aggregate_gathers_what_a_call_has():
+    first = ToolCallDelta(0, "i", "f", "{}", {"a": 1})
+    message = next(cs.aggregate([first, ToolCallDelta(0, extra={"b": 2}), END]))
+    (call,) = message.tool_calls
+    assert (call.id, call.name, call.extra) == ("i", "f", {"a": 1, "b": 2})
+
+
+def test_aggregate_gives_choices_in_ascending_order():
+    got = list(cs.aggregate([TextDelta("b", 1), A, END]))
+    assert [message.choice for message in got[:2]] == [0, 1]
+
+
+def test_aggregate_keeps_what_an_error_has_already():
+    def events():
+        yield END
+        raise cs.StreamError("x", partial=(Message(content="p"),))
+
+    _, failure = collect(cs.aggregate(events()))
+    assert [message.content for message in failure.partial] == ["p"]
+
+
+def test_a_stalled_upload_on_a_kept_connection_is_no_dead_one(transport):
+    stall = [DEAF, lambda *_: server.stopping.wait(PATIENCE)]
+    options = {"connect_timeout": 0.2, "idle_timeout": 0.2}
+    with Server([reply(PLAIN)], stall) as server:
+        list(ask(server))
+        _, failure = collect(ask(server, "x" * (64 << 20), **options))
+    assert type(failure) is cs.TransportError
+    assert server.begun == 2
