@@ -2182,8 +2182,9 @@ def test_redirects_are_not_followed(transport):
 
 
 def test_304_has_no_body(transport):
-    with Server([head("304 Not Modified"), HOLD]) as server:
-        _, failure = collect(ask(server, idle_timeout=PATIENCE))
+    assert cs._choose_framing(304, {}).ended
+    with Server([head("304 Not Modified"), CLOSE]) as server:
+        _, failure = collect(ask(server))
     assert (type(failure), failure.status) == (cs.StatusError, 304)
     assert "Location" not in str(failure)
 
@@ -3694,11 +3695,18 @@ def test_cancel_at_completed_does_nothing(transport):
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
 def test_cancel_in_a_signal_handler_that_interrupts_another():
     """The lock is held already, by the same thread."""
+
+    def interrupted():
+        with cs._clocks[call]._lock:
+            cs.cancel(call)
+
     with Server([UNFINISHED, HOLD]) as server:
         call = ask(server)
         assert next(call) == A
-        with cs._clocks[call]._lock:
-            cs.cancel(call)
+        thread = threading.Thread(target=interrupted, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
         assert type(collect(call)[1]) is cs.CancelledError
 
 
