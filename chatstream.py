@@ -1419,7 +1419,8 @@ class _Clock:
         self._lock = threading.RLock()  # a signal handler may cancel() at any moment
         self._woken = threading.Event()
         self._sock: Any = None  # the socket that a cancel() shuts down
-        self.cancelled = False  # looked at before check() is called, which costs more
+        self._cancelled = False
+        self.may_end_call = deadline is not None  # check_call() may raise
 
     # What the call tells it
 
@@ -1462,15 +1463,22 @@ class _Clock:
         """Whether a wait of so many seconds would end before the deadline."""
         return time.monotonic() + seconds < self._call_ends
 
-    def check(self) -> None:
-        """Raise CancelledError, DeadlineError or IdleTimeoutError if it is time."""
-        if self.cancelled:
+    def check_cancelled(self) -> None:
+        if self._cancelled:
             raise CancelledError(f"{self._url}: cancel() was called")
-        now = time.monotonic()
-        if now >= self._call_ends:
+
+    def check_call(self) -> None:
+        """Raise CancelledError or DeadlineError if it is time."""
+        self.check_cancelled()
+        if time.monotonic() >= self._call_ends:
             seconds = self._deadline or 0.0
             text = f"{self._url}: not done within {seconds:g} s (deadline)"
             raise DeadlineError(text, seconds=seconds)
+
+    def check(self) -> None:
+        """Raise CancelledError, DeadlineError or IdleTimeoutError if it is time."""
+        self.check_call()
+        now = time.monotonic()
         if now >= self._event_ends:
             what = "bytes came, but no chunk with anything in it"
             raise self._idle(what, self._event_timeout, "event_timeout")
@@ -1502,7 +1510,7 @@ class _Clock:
         """`read(argument)`, which waits on `sock`, within the time that is left."""
         started = time.monotonic()
         least = min(self._call_ends, self._event_ends, self._phase_ends) - started
-        if least <= 0 or self.cancelled:
+        if least <= 0 or self._cancelled:
             self.check()
         if self._idle_timeout is not None and self._idle_timeout < least:
             least = self._idle_timeout
@@ -1518,12 +1526,12 @@ class _Clock:
             is_timeout = isinstance(error, socket.timeout) and not is_early
             if _is_from_handler(error):
                 raise
-            if self.cancelled or is_timeout:
+            if self._cancelled or is_timeout:
                 self.check()
             if is_timeout:
                 raise self.silence_error() from None
             raise
-        if self.cancelled:
+        if self._cancelled:
             self.check()
         return data
 
@@ -1546,7 +1554,7 @@ class _Clock:
 
     def cancel(self) -> None:
         with self._lock:
-            self.cancelled = True
+            self._cancelled = self.may_end_call = True
             self._woken.set()
             if self._sock is not None:
                 # The base class's: SSLSocket's own would take the TLS object away under
@@ -1694,16 +1702,15 @@ def _read_answer(
                 break
             said, started = answer.said, time.monotonic() if request.raw else 0.0
             for event in answer.feed(block):
-                if clock.cancelled:
-                    clock.check()
+                if clock.may_end_call:
+                    clock.check_call()
                 yield event
             if answer.said != said:
                 clock.start_event()
             elif request.raw:  # all else that is yielded says something
                 clock.leave_out(time.monotonic() - started)
         for event in answer.end(cut):
-            if clock.cancelled:
-                clock.check()
+            clock.check_cancelled()
             yield event
     except TruncatedStreamError as fault:
         if fault is not cut or answer.started:

@@ -3692,7 +3692,6 @@ def test_cancel_at_completed_does_nothing(transport):
     assert got == [A, B, END]
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
 def test_cancel_in_a_signal_handler_that_interrupts_another():
     """The lock is held already, by the same thread."""
 
@@ -4949,6 +4948,15 @@ def test_the_deadline_holds_under_a_flood(transport):
         _, failure = collect(ask(server, deadline=0.5))
         assert time.monotonic() - started < PATIENCE / 2
     assert type(failure) is cs.DeadlineError
+
+
+def test_the_deadline_counts_the_callers_time_between_events_of_one_read(transport):
+    with Server([reply(PLAIN)]) as server:
+        call = ask(server, deadline=0.5)
+        assert next(call) == A
+        time.sleep(0.6)
+        _, failure = collect(call)
+    assert (type(failure), failure.seconds) == (cs.DeadlineError, 0.5)
 
 
 def test_of_an_endless_error_body_the_beginning_is_enough(transport):
