@@ -2133,7 +2133,7 @@ class _Reply:
         raw = getattr(file, "raw", None)
         self._sock = getattr(raw, "_sock", None)
         self._clock = clock
-        self._is_watched = isinstance(raw, _Wire)  # and asks the clock itself
+        self._is_watched = isinstance(raw, _SocketFile)  # and asks the clock itself
         self._framing = _Framing()
         self._has_read = False  # else more may stand in the file's own buffer
 
@@ -2180,10 +2180,11 @@ class _Reply:
         self._release(reusable)
 
 
-def _read_past_interim(response: Any) -> None:
-    """RFC 9110, 15.2: any number of 1xx replies may come before the real one.
+def _read_head(response: Any) -> None:
+    """Read past 1xx replies, and raise HTTPException where the headers are broken.
 
-    http.client reads past 100 alone. 101 is an answer to what we did not ask for.
+    RFC 9110, 15.2: any number of 1xx replies may come before the real one. http.client
+    reads past 100 alone. 101 is an answer to what we did not ask for.
     """
     import http.client
 
@@ -2251,7 +2252,7 @@ class _Upload(io.BytesIO):
         return block
 
 
-class _Wire(io.RawIOBase):
+class _SocketFile(io.RawIOBase):
     """The file of a response's socket: each read of it waits as the clock allows.
 
     at_end: bool, the connection has ended.
@@ -2287,7 +2288,7 @@ class _WatchedConnection(_ConnectionBase):
     are the clock's, which comes with the request's body."""
 
     _upload: Optional[_Upload] = None
-    _wire: Optional[_Wire] = None
+    _file: Optional[_SocketFile] = None
     _was_used = False
 
     def connect(self) -> None:
@@ -2303,7 +2304,7 @@ class _WatchedConnection(_ConnectionBase):
         **options: Any,
     ) -> None:
         self._upload = body if isinstance(body, _Upload) else None
-        self._wire = None
+        self._file = None
         if self._upload is not None and self._upload.fresh and self._was_used:
             if self.sock is not None:
                 self.sock.close()
@@ -2330,6 +2331,7 @@ class _WatchedConnection(_ConnectionBase):
             raise
         finally:
             vars(self).pop("response_class", None)  # which a CONNECT must not see
+            self._upload = None  # its call knows this connection no more
         self._was_used = True
         return response
 
@@ -2338,8 +2340,8 @@ class _WatchedConnection(_ConnectionBase):
 
         response: Any = http.client.HTTPResponse(sock, *args, **options)
         if self._upload is not None and isinstance(response.fp, io.BufferedReader):
-            self._wire = _Wire(response.fp.detach(), sock, self._upload.clock)
-            response.fp = io.BufferedReader(self._wire)
+            self._file = _SocketFile(response.fp.detach(), sock, self._upload.clock)
+            response.fp = io.BufferedReader(self._file)
         return response
 
     def _raise_if_dead(self, error: OSError) -> None:
@@ -2347,7 +2349,7 @@ class _WatchedConnection(_ConnectionBase):
 
         uvicorn closes after a 500 without saying so; any server does after a while.
         """
-        untouched = self._wire is None or not self._wire.has_bytes
+        untouched = self._file is None or not self._file.has_bytes
         _pass_on(error)
         timeout = isinstance(error, socket.timeout)
         if self._was_used and untouched and not timeout:
@@ -2517,7 +2519,7 @@ def _send_pooled(
     # Its own read1() costs three times as much (and 1.26 has none).
     response = getattr(wrapper, "_original_response", None) or wrapper
     try:
-        _read_past_interim(response)
+        _read_head(response)
     except BaseException:
         release(False)
         raise
@@ -2622,7 +2624,7 @@ def _open_plain(
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.request("POST", target, body=upload, headers=headers)
         response = connection.getresponse()
-        _read_past_interim(response)
+        _read_head(response)
     except BaseException:
         if response is not None:
             response.close()
