@@ -74,6 +74,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
 
 # http.client, signal, ssl, urllib and urllib3 are imported where they are first needed:
@@ -856,13 +857,17 @@ def cancel(events: Generator[Event, None, None]) -> None:
 # --------------------------------------------------------------------------------------
 
 
-class _URL(NamedTuple):
-    """Where a request goes."""
+class _URL:
+    """Where a request goes.
 
-    scheme: str
-    host: str
-    port: int
-    target: str  # path and query
+    target: str, path and query.
+    """
+
+    def __init__(self, scheme: str, host: str, port: int, target: str) -> None:
+        self.scheme = scheme
+        self.host = host
+        self.port = port
+        self.target = target
 
     @property
     def origin(self) -> str:
@@ -878,8 +883,7 @@ class _URL(NamedTuple):
         return self.origin + self.target.partition("?")[0]
 
 
-@dataclass(repr=False, eq=False)  # a repr would show the key
-class _Request:
+class _Request(SimpleNamespace):
     """All that a try needs, but for the time."""
 
     url: _URL
@@ -893,6 +897,8 @@ class _Request:
     raw: bool
     pool: Any
     secrets: _Secrets
+
+    __repr__ = object.__repr__  # another one would show the key
 
 
 def _choose_provider(provider: Any, base_url: Optional[str]) -> Provider:
@@ -1841,7 +1847,7 @@ class _Framing:
             self._unread = b""
         pieces: list[bytes] = []
         at = 0
-        while not self.fault and not self.ended:
+        while not (self.ended or self.fault):
             if not (self._in_chunk or self._in_trailers):
                 at = self._take_whole_chunks(block, at, pieces)
                 if at == len(block):
@@ -2270,8 +2276,10 @@ class _SocketFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count: int = self._clock.read(self._sock, self._sock.recv_into, buffer)
-        self.at_end = not count
-        self.has_bytes = self.has_bytes or count > 0
+        if count:
+            self.has_bytes = True
+        else:
+            self.at_end = True
         return count
 
     def close(self) -> None:
