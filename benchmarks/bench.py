@@ -526,7 +526,7 @@ LOADS = {
     "bulk": (10_000, 6, 1_000, 2, "us/event", 1e6),
     "single": (10_000, 6, 1_000, 2, "us/event", 1e6),
     "tools": (10_000, 6, 1_000, 2, "us/event", 1e6),
-    "segments": (2_000, 6, 500, 2, "us/event", 1e6),
+    "segments": (2_000, 24, 500, 4, "us/event", 1e6),
     "obfuscation": (10_000, 6, 1_000, 2, "us/event", 1e6),
     "keepalive": (20, 400, 20, 50, "ms/request", 1e3),
     "big": (8 << 20, 0, 8 << 20, 0, "ms", 1e3),
