@@ -2339,8 +2339,8 @@ class _WatchedConnection(_ConnectionBase):
             raise
         finally:
             vars(self).pop("response_class", None)  # which a CONNECT must not see
-            self._upload = None  # its call knows this connection no more
         self._was_used = True
+        self._upload = None  # its call knows this connection no more
         return response
 
     def _make_response(self, sock: Any, *args: Any, **options: Any) -> Any:
