@@ -71,7 +71,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from types import SimpleNamespace
@@ -813,7 +813,7 @@ def cancel(events: Generator[Event, None, None]) -> None:
 
     Works before the first next(), between two events, in the wait before another try, and
     while another thread waits in next(). Only a connection that is being made, and with
-    `pool=` the wait for the headers, goes on until that wait ends by itself or at its
+    `pool=` all up to the headers, goes on until that wait ends by itself or at its
     bound. On a call that has ended it does nothing. Raises TypeError for anything else.
     """
     clock = None
@@ -1435,7 +1435,7 @@ class _Clock:
             self._call_ends = time.monotonic() + self._deadline
 
     def start_try(self) -> None:
-        self._event_ends = self._phase_ends = math.inf
+        self._event_ends = math.inf
         self._has_headers = False
         self.check()
 
@@ -1449,12 +1449,17 @@ class _Clock:
         """So long the caller had the turn, which does not count."""
         self._event_ends += seconds
 
-    def start_phase(self, seconds: float) -> None:
-        """From now on, all reading together may take so long.
+    @contextmanager
+    def phase(self, seconds: float) -> Iterator[None]:
+        """In here, all reading together may take so long.
 
         What then ends it is nobody's error: both who use this suppress it.
         """
         self._phase_ends = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._phase_ends = math.inf
 
     # What others ask it
 
@@ -1730,23 +1735,27 @@ def _read_answer(
         raise _Failed(error, again=again, wait=_retry_after(reply.headers)) from None
     finally:  # also for a caller who leaves at Completed, as next(aggregate(...)) does
         if answer.done:
-            clock.start_phase(_GRACE_SECONDS)
-            with suppress(ChatStreamError):
+            with suppress(ChatStreamError), clock.phase(_GRACE_SECONDS):
                 for _ in body:
                     pass
     _log.debug("done: %d", reply.status)
 
 
+#: The statuses that another try may heal.
+_PASSING_STATUSES = (408, 429, *range(500, 600))
+
+#: As an error's code or type: the same said in words; and what no other try heals.
+_PASSING_WORDS, _SPENT = ("server_error", "overloaded_error"), "insufficient_quota"
+
+
 def _is_passing(error: ServerError) -> bool:
     """Whether an error that is an answer's first word is like a status to be retried."""
-    if "insufficient_quota" in (error.code, error.type):
+    said = (error.code, error.type)
+    if _SPENT in said:
         return False
-    if "server_error" in (error.code, error.type):
+    if any(word in said for word in _PASSING_WORDS):
         return True
-    if "overloaded_error" in (error.code, error.type):
-        return True
-    code = str(error.code).removesuffix(".0")
-    return code in ("408", "429") or bool(re.fullmatch("5[0-9][0-9]", code))
+    return str(error.code).removesuffix(".0") in map(str, _PASSING_STATUSES)
 
 
 # --------------------------------------------------------------------------------------
@@ -2025,7 +2034,7 @@ class _Unpacking:
         if start.startswith(_GZIP_MAGIC):
             return True
         text = start.lstrip(_BOM + b" \t\r\n")
-        if not bool(self._encoding) or text.startswith(_PLAIN_STARTS):
+        if not self._encoding or text.startswith(_PLAIN_STARTS):
             return False
         if self._encoding in ("gzip", "x-gzip"):  # or zlib under the wrong name
             return _is_zlib(start) or start == _GZIP_MAGIC[:1]
@@ -2834,10 +2843,10 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
     elif status == 404 and request.url.target.startswith("/chat/completions"):
         text += " (the base URL has no path: does it lack /v1?)"
     wait = _retry_after(headers)
-    again = status in (408, 429) or 500 <= status < 600
+    again = status in _PASSING_STATUSES
     asked = headers.get("x-should-retry", "").lower()
     again = {"true": True, "false": False}.get(asked, again)
-    again = again and "insufficient_quota" not in (facts.code, facts.type)
+    again = again and _SPENT not in (facts.code, facts.type)
     error = (RetryLimitError if again else StatusError)(
         text,
         status=status,
@@ -2866,8 +2875,7 @@ def _read_error_body(reply: _Reply, clock: _Clock) -> str:
     """What can be had of it in a few seconds. Nothing here may hide the status."""
     pieces: list[bytes] = []
     left = _MAX_ERROR_BODY
-    clock.start_phase(_ERROR_BODY_SECONDS)
-    with suppress(StreamError, DeadlineError):
+    with suppress(StreamError, DeadlineError), clock.phase(_ERROR_BODY_SECONDS):
         for piece in _read_body(reply, clock):
             pieces.append(piece[:left])
             left -= len(pieces[-1])
@@ -3675,7 +3683,10 @@ _TEXT_EVENTS: dict[str, Callable[[str, int], _Delta]] = {
 
 #: Where reasoning is, in the order in which it is believed; it is never added up.
 _REASONING_MEMBERS = (
-    *("reasoning_content", "reasoning", "reasoning_text", "reasoning_details"),
+    "reasoning_content",
+    "reasoning",
+    "reasoning_text",
+    "reasoning_details",
 )
 
 
