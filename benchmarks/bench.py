@@ -5,10 +5,11 @@
                                [--plot FILE.svg] [--json FILE]
 
 A server in a process of its own sends answers made beforehand, over loopback. Each
-contender runs in a process of its own too, in turns with the others and in random order.
-The figures are medians of its CPU time (user + system) over several rounds. Those of two
-machines, or of two runs, do not compare; the ratios within one round do, and a target is
-compared with their median. A full run takes ten minutes.
+contender runs in a process of its own too. They take turns of a fraction of a second, in
+random order, so that a slow moment of the machine strikes all of them. The figures are
+medians of the CPU time (user + system) of a turn. Those of two machines, or of two runs,
+do not compare; the ratios within one turn do, and a target is compared with their median.
+A full run takes ten minutes.
 
 Scenarios, all with chunks like OpenAI's:
 
@@ -43,13 +44,14 @@ import platform
 import random
 import re
 import resource
+import select
 import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -402,18 +404,17 @@ def peak_rss():
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def run_requests(name, url, requests):
-    """CPU seconds per request, after one to warm up (which counts if it is alone)."""
+def run_requests(name, url):
+    """Ask as often as each line of stdin says, and print the CPU seconds per request."""
     ask = globals()[name](url)
     collect = globals()["collect_" + CONTENDERS[name][1]]
-    costs, digests = [], set()
-    for _ in range(1 + int(requests)):
+    for line in sys.stdin:
         start = time.process_time()
-        answer = collect(ask())
-        costs.append(time.process_time() - start)
-        digests.add(digest(*answer))
-    cpu = statistics.mean(costs[1:] or costs)
-    return {"cpu": cpu, "rss": peak_rss(), "digests": sorted(digests)}
+        answers = [collect(ask()) for _ in range(int(line))]
+        cpu = (time.process_time() - start) / len(answers)
+        digests = sorted({digest(*answer) for answer in answers})
+        report = {"cpu": cpu, "rss": peak_rss(), "digests": digests}
+        print(json.dumps(report), flush=True)
 
 
 def run_flat(url, count):
@@ -431,10 +432,10 @@ def run_flat(url, count):
 
     streams = {length: answers(length) for length in FLAT if length <= int(count)}
     costs = dict.fromkeys(streams, 0.0)
-    pieces = int(count) // 10_000
+    pieces = int(count) // 1_000
     for _ in range(pieces):
         for length, events in streams.items():
-            piece = min(10_000, 20 * length)
+            piece = min(1_000, 20 * length)
             start = time.process_time()
             for _ in itertools.islice(events, piece):
                 pass
@@ -496,41 +497,79 @@ print(time.process_time() - start)
 """
 
 
-def python(*args, timeout=None):
-    """Run a Python process. -> what it prints, as JSON; None if it takes too long."""
+def start_python(*args):
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     for name in ("PYTHONDONTWRITEBYTECODE", "OPENAI_BASE_URL"):
         env.pop(name, None)
     env["PYTHONPATH"] = ROOT
     command = [sys.executable, *map(str, args)]
-    try:
-        done = subprocess.run(
-            command, env=env, stdout=subprocess.PIPE, check=True, timeout=timeout
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    return json.loads(done.stdout)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe)
 
 
-def child(function, *args, timeout=None):
-    return python(__file__, "--child", function, *args, timeout=timeout)
+def python(*args):
+    """Run a Python process. -> what it prints, as JSON."""
+    process = start_python(*args)
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{args[:3]} failed")
+    return json.loads(output)
+
+
+def child(function, *args):
+    return python(__file__, "--child", function, *args)
+
+
+class Contender:
+    """A process of `run_requests`."""
+
+    def __init__(self, name, url):
+        self.name = name
+        self.url = url
+        self.process = start_python(__file__, "--child", "run_requests", name, url)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+    def ask(self, requests, timeout=None):
+        """-> the report; None if it takes longer than `timeout` seconds."""
+        self.process.stdin.write(b"%d\n" % requests)
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            return None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}, {self.url}: failed")
+        report = json.loads(line)
+        _, scenario, count = self.url.rsplit("/", 2)
+        if report["digests"] != [expected(scenario, int(count))]:
+            raise SystemExit(
+                f"{self.name}, {self.url}: not the text or tool calls sent"
+            )
+        return report
 
 
 # --------------------------------------------------------------------------------------
 # Rounds
 # --------------------------------------------------------------------------------------
 
-#: scenario: (events of a request (big: bytes), requests, the same for openai, unit, how
-#: many of it are a second)
+#: scenario: (events of a request (big: bytes), requests of a turn, the same for openai,
+#: unit, how many of it are a second)
 LOADS = {
-    "bulk": (10_000, 6, 1_000, 2, "us/event", 1e6),
-    "single": (10_000, 6, 1_000, 2, "us/event", 1e6),
-    "tools": (10_000, 6, 1_000, 2, "us/event", 1e6),
-    "segments": (2_000, 24, 500, 4, "us/event", 1e6),
-    "obfuscation": (10_000, 6, 1_000, 2, "us/event", 1e6),
-    "keepalive": (20, 400, 20, 50, "ms/request", 1e3),
-    "big": (8 << 20, 0, 8 << 20, 0, "ms", 1e3),
+    "bulk": (10_000, 1, 1_000, 1, "us/event", 1e6),
+    "single": (10_000, 1, 1_000, 1, "us/event", 1e6),
+    "tools": (10_000, 1, 1_000, 1, "us/event", 1e6),
+    "segments": (2_000, 2, 500, 1, "us/event", 1e6),
+    "obfuscation": (10_000, 1, 1_000, 1, "us/event", 1e6),
+    "keepalive": (20, 60, 20, 6, "ms/request", 1e3),
+    "big": (8 << 20, 1, 8 << 20, 1, "ms", 1e3),
 }
+#: Turns of a round.
+TURNS = 12
 FLAT = (20, 1_000, 10_000, 100_000, 400_000)
 ONCE = ("flat", "aggregate")
 SCENARIOS = (*LOADS, "import", "cold", *ONCE)
@@ -553,7 +592,7 @@ class Bench:
         return statistics.median(figures) if figures else math.nan
 
     def ratio(self, scenario, row, other):
-        """Of each round, and of them the median: a slow round of the machine has both."""
+        """Of each turn, and of them the median: a slow moment of the machine has both."""
         samples = self.samples.get(scenario, {})
         pairs = zip(samples.get(row, ()), samples.get(other, ()))
         ratios = [figure / base for figure, base in pairs]
@@ -562,11 +601,13 @@ class Bench:
     def run(self, scenario):
         if scenario in ONCE:
             getattr(self, scenario)()
-        elif scenario in LOADS:
+        elif scenario == "big":
             for name in self.shuffled():
-                self.load(scenario, name)
+                self.big(name)
+        elif scenario in LOADS:
+            self.load(scenario)
         else:
-            for number in range(1 if self.quick else 10):
+            for number in range(1 if self.quick else TURNS):
                 for name in self.shuffled():
                     if number == 0 or not name.startswith("openai"):  # they take long
                         self.start(scenario, name)
@@ -575,28 +616,33 @@ class Bench:
         """The contenders: none is always the one after the heaviest."""
         return random.sample(self.contenders, len(self.contenders))
 
-    def load(self, scenario, name):
-        count, requests, *fewer, unit, scale = LOADS[scenario]
-        if name.startswith("openai"):
-            count, requests = fewer
-        if math.isinf(self.median(scenario, name)):
-            return  # it took too long before
-        answer = child(
-            "run_requests",
-            name,
-            f"{self.url}/{scenario}/{count}",
-            requests // 4 if self.quick and requests > 4 else requests,
-            timeout=(3 if self.quick else 20) if scenario == "big" else None,
-        )
-        if answer is None:
-            self.add(scenario, name, math.inf)
-        elif answer["digests"] != [expected(scenario, count)]:
-            raise SystemExit(f"{name}, {scenario}: not the text or tool calls sent")
-        else:
-            events = count if unit == "us/event" else 1
-            self.add(scenario, name, answer["cpu"] / events * scale)
-            if scenario == "single":
-                self.add("memory", name, answer["rss"])
+    def load(self, scenario):
+        with ExitStack() as stack:
+            turns = {}
+            for name in self.contenders:
+                count, requests, *fewer, unit, scale = LOADS[scenario]
+                if name.startswith("openai"):
+                    count, requests = fewer
+                contender = Contender(name, f"{self.url}/{scenario}/{count}")
+                stack.enter_context(contender).ask(1)  # to warm up
+                events = count if unit == "us/event" else 1
+                turns[name] = contender, requests, scale / events
+            for _ in range(3 if self.quick else TURNS):
+                for name in self.shuffled():
+                    contender, requests, scale = turns[name]
+                    report = contender.ask(requests)
+                    self.add(scenario, name, report["cpu"] * scale)
+                    if scenario == "single":
+                        self.add("memory", name, report["rss"])
+
+    def big(self, name):
+        """In a new process each: some take so long that they are asked but once."""
+        if math.isinf(self.median("big", name)):
+            return
+        count, *_, scale = LOADS["big"]
+        with Contender(name, f"{self.url}/big/{count}") as contender:
+            report = contender.ask(1, timeout=3 if self.quick else 20)
+        self.add("big", name, report["cpu"] * scale if report else math.inf)
 
     def start(self, scenario, name):
         """The import, or the cold start; CPU in ms."""
