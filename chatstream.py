@@ -3999,11 +3999,12 @@ class _Calls:
         """Whether a delta that points to a call with a name is the first of another."""
         if not (call.name and part.name):
             return False
-        if part.id and call.id:
-            return part.id != call.id
+        is_other_name = part.name != call.name
+        if part.id and call.id:  # one id for two calls: a gateway of OpenRouter's
+            return part.id != call.id or (is_other_name and call.is_whole)
         if not call.has_arguments:
             return False
-        return part.name != call.name or bool(part.arguments and call.is_whole)
+        return is_other_name or bool(part.arguments and call.is_whole)
 
 
 # --------------------------------------------------------------------------------------
@@ -4344,17 +4345,40 @@ def _join_arguments(pieces: list[str]) -> str:
     whole = "".join(pieces)
     if len(pieces) < 2 or _is_json(whole):
         return whole
-    first, last = pieces[0], pieces[-1]
-    behind, before = "".join(pieces[1:]), "".join(pieces[:-1])
-    candidates = []
-    if first.strip() == "{}":  # Claude on Bedrock and Vertex behind gateways
-        candidates.append(behind)
-    grows = all(b.startswith(a) for a, b in zip(pieces, pieces[1:]))
-    if grows or last.startswith(before):  # DeepSeek on Qianfan; vLLM's xlam
-        candidates.append(last)
-    if first.startswith(behind):  # opencodex
-        candidates.append(first)
+    candidates = [_last_of_equals(whole)]
+    if all(b.startswith(a) for a, b in zip(pieces, pieces[1:])):  # cumulative
+        candidates.append(pieces[-1])
+    # Anew from some piece on: vLLM's GLM, in another spelling; SGLang's MiniMax.
+    starts = [i for i, piece in enumerate(pieces) if piece.lstrip()[:1] == "{"]
+    if starts and starts[-1] > 0:
+        before, again = "".join(pieces[: starts[-1]]), "".join(pieces[starts[-1] :])
+        if _squeeze(again).startswith(_squeeze(before).rstrip("}")):
+            candidates.append(again)
+    if pieces[0].startswith("".join(pieces[1:])):  # opencodex, cut
+        candidates.append(pieces[0])
     return next((text for text in candidates if _is_json(text)), whole)
+
+
+def _last_of_equals(text: str) -> str:
+    """The last of several JSON values that say the same, or of which the ones before it
+    are {} (Claude on Bedrock and Vertex behind gateways); else ""."""
+    text = text.strip()
+    values: list[Any] = []
+    start = place = 0
+    try:
+        while place < len(text):
+            start = _match_blanks(text, place).end()
+            value, place = _parse_json_at(text, start)
+            values.append(value)
+    except (ValueError, RecursionError) as error:
+        _pass_on(error)
+        return ""
+    return text[start:] if all(v in ({}, values[-1]) for v in values) else ""
+
+
+def _squeeze(text: str) -> str:
+    """Without blanks, which one server's two JSON writers set differently."""
+    return "".join(text.split())
 
 
 def _is_json(text: str) -> bool:
