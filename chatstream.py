@@ -3674,6 +3674,14 @@ class _Text:
 #: The kinds of things that a message may have, by the member's name.
 _CONTENT, _REASONING, _REFUSAL, _CALLS = "content", "reasoning", "refusal", "tool_calls"
 
+#: Members of a message that are texts, and their kinds.
+_MESSAGE_TEXTS = {
+    "content": _CONTENT,
+    "refusal": _REFUSAL,
+    "reasoning": _REASONING,
+    "reasoning_content": _REASONING,
+}
+
 #: The events of those that are texts.
 _TEXT_EVENTS: dict[str, Callable[[str, int], _Delta]] = {
     _CONTENT: TextDelta,
@@ -3699,6 +3707,7 @@ class _Choice:
         self._grew_since_first = False  # something came after the first finish_reason
         self._grew_since_last = False  # something came after the last finish_reason
         self._streamed: set[str] = set()  # kinds of which something came
+        self._told: dict[str, str] = {}  # by member: texts so far, of messages alone
         self._texts: dict[str, _Text] = {}  # by kind
         self._calls = _Calls(index)
 
@@ -3714,10 +3723,13 @@ class _Choice:
         if isinstance(delta, str):
             delta = {"content": delta}
         if isinstance(delta, dict):
-            events += self._read_members(delta, frozenset())
+            # Where messages tell the text so far, a delta beside one says it again.
+            told = self._told_kinds() if isinstance(message, dict) else frozenset()
+            events += self._read_members(delta, told)
+            if events:
+                self._told.clear()
         if isinstance(message, dict):
-            # The whole text once more (Perplexity, MiniMax), or what was not streamed.
-            events += self._read_members(message, frozenset(self._streamed))
+            events += self._read_message(message)
         self._read_finish_reason(_word(data.get("finish_reason")))
         return events
 
@@ -3753,6 +3765,24 @@ class _Choice:
         halves = [(kind, text.take_half()) for kind, text in self._texts.items()]
         events = [_TEXT_EVENTS[kind](half, self.index) for kind, half in halves if half]
         return events + self._calls.take_halves()
+
+    def _read_message(self, message: dict[str, Any]) -> list[_Delta]:
+        """What no delta has said. Perplexity and MiniMax send the whole text once more at
+        the end; gateways without deltas send what there is of it in each chunk."""
+        known = frozenset(self._streamed - self._told_kinds())
+        rest = dict(message)
+        for name, before in self._told.items():
+            text = str(message.get(name))
+            rest[name] = text[len(before) :] if text.startswith(before) else ""
+        events = list(self._read_members(rest, known))
+        for name, kind in _MESSAGE_TEXTS.items():
+            more = rest.get(name)
+            if more and isinstance(more, str) and kind not in known:
+                self._told[name] = self._told.get(name, "") + more
+        return events
+
+    def _told_kinds(self) -> frozenset[str]:
+        return frozenset(_MESSAGE_TEXTS[name] for name in self._told)
 
     def _read_members(
         self, source: dict[str, Any], known: frozenset[str]
@@ -3790,6 +3820,9 @@ class _Choice:
             and value
             and isinstance(value, (str, list, dict))
         }
+        for name in _REASONING_MEMBERS:
+            if type(source.get(name)) in (int, float):
+                extra[name] = _find_texts(source[name])
         if extra:
             self._grow(_REASONING)
             found = (_find_texts(extra.get(name)) for name in _REASONING_MEMBERS)
@@ -3819,9 +3852,14 @@ def _read_part(part: Any) -> tuple[str, str]:
 
 
 def _find_texts(value: Any, depth: int = 0) -> str:
-    """The text in a str, in a part ({"text": ...}), or in a list of them."""
+    """The text in a str, in a part ({"text": ...}), or in a list of them.
+
+    A number, true or false is the token that the server made it of (Cloudflare).
+    """
     if isinstance(value, str):
         return value
+    if isinstance(value, (int, float)):
+        return _dump(value)
     if isinstance(value, list) and depth < 8:
         return "".join(_find_texts(item, depth + 1) for item in value)
     if isinstance(value, dict) and depth < 8:
