@@ -3128,6 +3128,7 @@ class _SSE:
         self._bare: list[bytes] = []  # lines of JSON that stands there without `data:`
         self._brackets = _Brackets()  # of that JSON
         self._size = 0  # of the lines in either
+        self._is_dense = False  # events come without blank lines between them
 
     @property
     def is_idle(self) -> bool:
@@ -3169,12 +3170,31 @@ class _SSE:
                 start += 1
         value = line[start:]
         is_done = value.strip() in _DONE_TEXTS
-        if self._bare or is_done:
+        if self._has_whole_data():
+            self._is_dense = True
+        if self._bare or is_done or self._is_dense:
             yield from self.flush()
         if is_done:
             yield _DONE, b""
         else:
             self._add(self._data, value)
+            if self._is_dense and self._has_whole_data():
+                yield from self.flush()
+
+    def _has_whole_data(self) -> bool:
+        """Whether what has come of an event is JSON that no further line can belong to.
+
+        GLM, Kimi and AgentRouter leave out the blank lines, and would otherwise be read
+        as one event that ends with the answer.
+        """
+        if len(self._data) != 1 or self._kind is _ERROR:
+            return False
+        line = self._data[0].strip()
+        if line[:1] not in (b"{", b"[") or line[-1:] not in (b"}", b"]"):
+            return False
+        brackets = _Brackets()
+        brackets.feed(line.decode("latin-1"))
+        return brackets.are_closed
 
     def _read_other(self, line: bytes) -> Iterator[tuple[str, bytes]]:
         """A line that is not `data:`."""
@@ -3274,6 +3294,15 @@ def _parse_values(text: str) -> Optional[list[Any]]:
         _pass_on(error)
         return None
     return values
+
+
+def _split_glued(line: str) -> list[str]:
+    """A line in which the next events stand without a line end before them, often behind
+    one that was cut (GLM); [line] where none of them can be read."""
+    first, *others = re.split(r"data:(?=\s*[{\[])", line)
+    if any(_parse_values(part) or part.strip() == "[DONE]" for part in others):
+        return [first, *others]
+    return [line]
 
 
 def _parse_json(text: str) -> Any:
@@ -3461,20 +3490,21 @@ class _Answer:
             is_usual = kind is _DATA and len(values) == 1 and not self._raw
             source = b"data: " + data if is_usual else b""
             yield from self._read_values(kind, text, values, is_cut, source)
-        elif "\n" in text:
-            yield from self._read_lines(kind, text, is_cut)
         else:
-            yield from self._read_unreadable(kind, text, is_cut)
+            yield from self._read_lines(kind, text, is_cut)
         if kind is _ERROR:
             yield from self._give(self._take_halves())
             raise _server_error(text.strip(), self._hide)
 
     def _read_lines(self, kind: str, text: str, is_cut: bool) -> Iterator[Event]:
-        """Several events without blank lines between them, or lines of no JSON at all."""
-        lines = text.split("\n")
-        for line in lines:
+        """Text that is not JSON as a whole: some of its lines may be, or parts of them."""
+        lines = [part for line in text.split("\n") for part in _split_glued(line)]
+        for position, line in enumerate(lines, 1):
+            if line.strip() == "[DONE]":
+                self.done = True
+                return
             values = _parse_values(line)
-            is_last = is_cut and line is lines[-1]
+            is_last = is_cut and position == len(lines)
             if values is not None:
                 yield from self._read_values(kind, line, values, is_last)
             else:

@@ -713,8 +713,13 @@ ROWS = [
     ("B17 a delta between", sse(whole({"content": "a"}, None), C("b"), whole({"content": "ab"}), DONE), [A, B, END]),
     ("B18 roles", sse(C(delta={"role": "assistant", "content": "a"}), C(delta={"role": None, "content": "b"}),
                       C(delta={"role": ""}, finish="stop"), DONE), [A, B, END]),
-    ("B19 glued", sse(C("a"), json.dumps(C("x")) + "data: " + json.dumps(C("y")), C("b"), STOP, DONE),
+    ("B19 glued", sse(C("a"), json.dumps(C("b")) + "data: " + json.dumps(STOP) + "data: [DONE]"), [A, B, END]),
+    ("B19 glued behind a cut one", sse(C("a"), '{"choices":[{"del' + "data: " + json.dumps(C("b")), STOP, DONE),
      [A, B, completed(skipped=1)]),
+    ("B19 glued, cut, glued", sse('{"chdata:' + json.dumps(C("a")) + 'data: {"chodata: ' + json.dumps(C("b")), STOP),
+     [A, B, completed(skipped=2)]),
+    ("B19 cut in a text that speaks of data:", sse(C("a"), '{"text":"data: {\\"a\\"', C("b"), STOP), [A, B, completed(skipped=1)]),
+    ("B19 glued [DONE], and more", sse(C("a"), json.dumps(STOP) + "data: [DONE]", C("b")), [A, END]),
     ("B19 pretty-printed", b'data: {\n  "choices": []\n}\n\n' + PLAIN, [A, B, completed(skipped=1)]),
     ("B19 truncated at the end", sse(C("a"), C("b"), STOP) + b'data: {"choices":[{"del',
      [A, B, completed(skipped=1)]),
@@ -1073,6 +1078,20 @@ def ids(rows):
 def test_row_cut_anywhere(row, body, events):
     for blocks in cuts(body):
         assert decode(blocks) == (events, None), blocks
+
+
+def test_events_without_blank_lines_come_with_their_lines():
+    """GLM, Kimi and AgentRouter leave them out; only the first event waits for the second."""
+    got, counts = [], []
+
+    def blocks():
+        for text in "abcd":
+            yield sse(C(text), end="\n")
+            counts.append(len(got))
+
+    for event in cs.decode(blocks()):
+        got.append(event)
+    assert counts == [0, 2, 3, 4]
 
 
 #: What the transports have to carry: all else about bytes goes through decode().
