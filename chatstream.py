@@ -2939,7 +2939,7 @@ def _find_error(chunk: dict[str, Any], *, is_named: bool) -> Optional[dict[str, 
     """
     choices = _choices_in(chunk)
     for part in (chunk, *choices, chunk.get("x_groq")):
-        if isinstance(part, dict) and part.get("error"):  # null, {}, "", [] are none
+        if isinstance(part, dict) and _says_something(part.get("error")):
             return part
     if choices:
         return None
@@ -2949,21 +2949,33 @@ def _find_error(chunk: dict[str, Any], *, is_named: bool) -> Optional[dict[str, 
     return None
 
 
+def _says_something(error: Any) -> bool:
+    """null, {}, "" and [] are no errors, nor is an object of these (one-api, in Go)."""
+    return any(error.values()) if isinstance(error, dict) else bool(error)
+
+
 def _is_flat_error(chunk: dict[str, Any]) -> bool:
-    """FastAPI; Cloudflare; MiniMax; DashScope, Cerebras and Baidu."""
+    """FastAPI; Cloudflare; MiniMax; DashScope, Cerebras and Baidu; iFlow."""
     errors = chunk.get("errors")
     if chunk.get("detail") or (errors and isinstance(errors, list)):
         return True
     if _is_bad_code(_first_dict(chunk.get("base_resp")).get("status_code")):
         return True
-    has_sentence = any(isinstance(chunk.get(name), str) for name in _FLAT_SENTENCES)
-    return has_sentence and any(_is_bad_code(chunk.get(name)) for name in _CODES)
+    if not any(isinstance(chunk.get(name), str) for name in _FLAT_SENTENCES):
+        return False
+    is_bad = any(_is_bad_code(chunk.get(name)) for name in _CODES)
+    return is_bad or _is_bad_status(chunk.get("status"))
 
 
 def _is_bad_code(code: Any) -> bool:
     if not isinstance(code, (str, int, float)):
         return False
     return str(code).lower().removesuffix(".0") not in _GOOD_CODES
+
+
+def _is_bad_status(status: Any) -> bool:
+    """As in HTTP. Words tell of progress, too."""
+    return re.fullmatch("[4-9][0-9][0-9]", str(status)) is not None
 
 
 def _server_error(
@@ -2995,7 +3007,8 @@ class _ErrorFacts:
         body = _first_dict(value)
         error = _first_dict(body.get("error")) or body
         places = (error, body, _first_dict(body.get("base_resp")))
-        codes = (place.get(name) for place in places for name in _CODES)
+        codes = [place.get(name) for place in places for name in _CODES]
+        codes += filter(_is_bad_status, (place.get("status") for place in places))
         types = (p.get(name) for p in places[:2] for name in ("type", "error_type"))
         self.message = _one_line(hide(_find_sentence(value)), _MAX_SENTENCE)
         self.code = next((code for code in codes if code is not None), None)

@@ -769,6 +769,8 @@ ROWS = [
      [ToolCallDelta(0, "i", "f", "{}"), Completed("c1", "m1")]),
     ("C surrogates in arguments", sse(tool(0, "i", "f", '"\ud83d'), tool(0, None, None, '\udc69"'), DONE),
      [ToolCallDelta(0, "i", "f", '"'), ToolCallDelta(0, "i", "f", '👩"'), Completed("c1", "m1")]),
+    ("D9 an object that says nothing", sse(C("a", error={"message": "", "type": "", "code": None}), STOP), [A, END]),
+    ("D11 a status that is none", sse({"status": "processing", "message": "x"}, {"status": 200, "message": "x"}, C("a"), {"status": "500"}, STOP), [A, END]),
     ("D9 no error", sse(C("a", error=None), C("b", error={}), C(error="", finish="stop"), {"error": []}, DONE),
      [A, B, END]),
     ("E1 completion", json.dumps(whole({"role": "assistant", "content": "a", "reasoning_content": "r", "tool_calls": [
@@ -935,6 +937,7 @@ ERROR_ROWS = [
     ("D7 base_resp, a str", sse({"base_resp": {"status_code": "1004", "status_msg": "boom"}}), [], "1004", None, "boom"),
     ("D1 in a named event", b"event: x\n" + sse({"error": "boom"}), [], None, None, "boom"),
     ("D11 flat", sse({"code": "Bad", "message": "boom", "request_id": "q"}), [], "Bad", None, "boom"),
+    ("D11 flat, a status", sse(C("a"), {"status": "449", "msg": "boom", "body": None}), [A], "449", None, "boom"),
     ("D11 flat, other names", sse({"error_code": 17, "error_msg": "boom"}), [], 17, None, "boom"),
     ("D12 a line", sse(C("a")) + json.dumps({"error": ERROR}).encode() + b"\n", [A], 500, "t", "boom"),
     ("D12 indented", sse(C("a")) + json.dumps({"error": ERROR}, indent=2).encode(), [A], 500, "t", "boom"),
