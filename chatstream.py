@@ -3993,9 +3993,7 @@ class _CallPart:
         self.name = _word(source.get("name"))
         arguments = source.get("input" if self.is_custom else "arguments")
         self.is_object = isinstance(arguments, (dict, list))  # Writer, early llama.cpp
-        if self.is_object:
-            arguments = _dump(arguments)
-        self.arguments = arguments if isinstance(arguments, str) else ""
+        self.arguments = _dump(arguments) if self.is_object else _find_texts(arguments)
         known = ("index", "id", "type", "function", "custom" if self.is_custom else "")
         self.extra = {
             name: value

@@ -1017,6 +1017,7 @@ CALL_ROWS = [
     ("C17 cumulative", [tool(0, "i", "f", c) for c in ("", '{"a"', '{"a":', '{"a":1}')], [("i", "f", '{"a":1}')]),
     ("C17 once more as a whole", [tool(0, "i", "f", c) for c in ('{"a"', ":1}", '{"a":1}')], [("i", "f", '{"a":1}')]),
     ("C17 first as a whole", [tool(0, "i", "f", c) for c in ('{"a":1}', '{"a"', ":1}")], [("i", "f", '{"a":1}')]),
+    ("C10 numbers are text", [tool(0, "i", "f", '{"a":'), tool(0, None, None, 1), tool(0, None, None, 0), tool(0, None, None, "}")], [("i", "f", '{"a":10}')]),
     ("C17 again with other blanks", [tool(0, "i", "f", c) for c in ('{"a":', "1}", '{"a": 1}')], [("i", "f", '{"a": 1}')]),
     ("C17 again with other escapes", [tool(0, "i", "f", c) for c in ('{"a":"\\u00fc', '"}', '{"a":"ü"}')], [("i", "f", '{"a":"ü"}')]),
     ("C17 again in another order", [tool(0, "i", "f", c) for c in ('{"a":1,', '"b":2}', '{"b":2,"a":1}')], [("i", "f", '{"b":2,"a":1}')]),
