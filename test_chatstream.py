@@ -3726,6 +3726,32 @@ def test_cancel_between_two_events_of_the_end(transport, body):
         assert type(collect(call)[1]) is cs.CancelledError
 
 
+if urllib3:
+
+    def test_cancel_with_a_pool_waits_for_the_headers():
+        come = threading.Event()
+        script = [lambda *_: come.wait(PATIENCE), UNFINISHED, HOLD]
+        with urllib3.PoolManager() as pool, Server(script) as server:
+            call = ask(server, pool=pool)
+            timers = [cancel_soon(call), threading.Timer(0.3, come.set)]
+            timers[1].start()
+            got, failure = collect(call)
+            assert come.is_set()
+            for timer in timers:
+                timer.join()
+        assert (got, type(failure)) == ([], cs.CancelledError)
+
+    def test_cancel_with_a_pool_ends_a_wait_in_the_body():
+        with urllib3.PoolManager() as pool, Server([UNFINISHED, HOLD]) as server:
+            call = ask(server, pool=pool)
+            timer = cancel_soon(call)
+            started = time.monotonic()
+            got, failure = collect(call)
+            assert time.monotonic() - started < PATIENCE / 2
+            timer.join()
+        assert (got, type(failure)) == ([A], cs.CancelledError)
+
+
 def test_cancel_at_completed_does_nothing(transport):
     with Server([reply(PLAIN)]) as server:
         got = []
