@@ -4256,6 +4256,8 @@ def _place_of(event: _Delta, chunk: dict[str, Any]) -> tuple[dict[str, Any], str
     delta = choice["delta"]
     if _word(choice.get("finish_reason")) or len(chunk["choices"]) > 1:
         raise LookupError  # more after a reason counts differently
+    if choice.get("message"):
+        raise LookupError  # the same once more says nothing new
     has_calls = bool(delta.keys() & {"tool_calls", "function_call"})
     if isinstance(event, ToolCallDelta):
         call = delta["tool_calls"][0]

@@ -708,6 +708,8 @@ ROWS = [
     ("B17 of the text so far, beside empty deltas", sse(*[{"choices": [{"delta": {"content": ""}, "message": {"content": t}}]} for t in ("a", "ab")], STOP, DONE), [A, B, END]),
     ("B17 of the text so far, at last beside the same delta", sse(whole({"content": "a"}, None), whole({"content": "ab"}, None), {"choices": [
         {"delta": {"content": "ab"}, "message": {"content": "ab"}}]}, STOP, DONE), [A, B, END]),
+    ("B17 of the text so far, a delta beside it, three alike but for that", sse(whole({"content": "a"}, None), *[{"choices": [
+        {"delta": {"content": t}, "message": {"content": "ab"}}]} for t in ("b", "x", "y")], STOP, DONE), [A, B, END]),
     ("B17 of the reasoning so far", sse(*[whole({"reasoning_content": t}, None) for t in ("a", "ab")], STOP, DONE), [R("a"), R("b"), END]),
     ("B17 another text is no text so far", sse(whole({"content": "ab"}, None), whole({"content": "b"}), DONE), [TextDelta("ab"), END]),
     ("B17 a delta between", sse(whole({"content": "a"}, None), C("b"), whole({"content": "ab"}), DONE), [A, B, END]),
