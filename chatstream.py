@@ -3737,6 +3737,9 @@ _REASONING_MEMBERS = (
     "reasoning_content",
     "reasoning",
     "reasoning_text",
+    "reasoning_summary",  # ChatMock
+    "thinking",  # clawrelay
+    "thinking_content",
     "reasoning_details",
 )
 
@@ -3859,7 +3862,7 @@ class _Choice:
         extra = {
             name: value
             for name, value in source.items()
-            if name.startswith("reasoning")
+            if (name.startswith("reasoning") or name in _REASONING_MEMBERS)
             and value
             and isinstance(value, (str, list, dict))
         }
@@ -3919,6 +3922,7 @@ class _Call:
         self.id = ""
         self.name = ""
         self.has_arguments = False
+        self._is_blank = False  # they are {}, in whose place others may come
         self._position = position
         self._choice = choice
         self._type = "function"
@@ -3933,7 +3937,7 @@ class _Call:
         self.name = self.name or part.name
         if part.is_custom:
             self._type = "custom"
-        is_again = part.is_object and self.has_arguments
+        is_again = part.is_object and self.has_arguments and not self._is_blank
         arguments = "" if is_again else self._text.join(part.arguments)
         if arguments:
             self._add(arguments)
@@ -3951,6 +3955,7 @@ class _Call:
         return self._make(arguments)
 
     def _add(self, arguments: str) -> None:
+        self._is_blank = arguments == "{}" and not self.has_arguments
         self.has_arguments = True
         self._pieces.append(arguments)
         if len(self._pieces) > 256:  # flat in memory, and cheap: joined before the look
@@ -3986,7 +3991,10 @@ class _CallPart:
     def __init__(self, data: dict[str, Any]) -> None:
         function, custom = data.get("function"), data.get("custom")
         self.is_custom = bool(custom) and isinstance(custom, dict) and not function
-        source = _first_dict(custom if self.is_custom else function)
+        is_flat = function is None and custom is None and "arguments" in data
+        source = (
+            data if is_flat else _first_dict(custom if self.is_custom else function)
+        )
         index = data.get("index")
         self.index: Optional[int] = index if type(index) is int else None
         self.id = _word(data.get("id"))
@@ -3994,7 +4002,9 @@ class _CallPart:
         arguments = source.get("input" if self.is_custom else "arguments")
         self.is_object = isinstance(arguments, (dict, list))  # Writer, early llama.cpp
         self.arguments = _dump(arguments) if self.is_object else _find_texts(arguments)
-        known = ("index", "id", "type", "function", "custom" if self.is_custom else "")
+        known = ["index", "id", "type", "function", "custom" if self.is_custom else ""]
+        if is_flat:  # without the object around them (gateways)
+            known += ["name", "arguments"]
         self.extra = {
             name: value
             for name, value in data.items()
@@ -4454,7 +4464,10 @@ def _last_of_equals(text: str) -> str:
     except (ValueError, RecursionError) as error:
         _pass_on(error)
         return ""
-    return text[start:] if all(v in ({}, values[-1]) for v in values) else ""
+    last = text[start:]
+    if isinstance(values[-1], str):  # LiteLLM: once more, as JSON in a JSON string
+        last, values[-1] = values[-1], _parse_json(values[-1])
+    return last if all(value in ({}, values[-1]) for value in values) else ""
 
 
 def _squeeze(text: str) -> str:
