@@ -2227,7 +2227,7 @@ def _take_headers(headers: Any) -> dict[str, str]:
     for name, value in headers.items():
         name = name.lower()
         if name != "set-cookie":
-            taken[name] = f"{taken[name]}, {value}" if name in taken else str(value)
+            taken[name] = f"{taken[name]}, {value}" if name in taken else value
     return taken
 
 
@@ -2829,11 +2829,14 @@ def _has_authorities(context: Any) -> bool:
 
 def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
     """-> what a reply that is not 2xx means, with what can be had of its body."""
+    import http.client
+
     status, headers = reply.status, reply.headers
     body = request.secrets.hide_in_start(_read_error_body(reply, clock))
     facts = _ErrorFacts(_parse_error_body(body), request.secrets.hide)
-    text = f"HTTP {status} from {request.url.shown}{reply.via}: "
-    text += facts.message or reply.reason
+    text = f"HTTP {status} from {request.url.shown}{reply.via}"
+    said = facts.message or reply.reason or http.client.responses.get(status, "")
+    text += f": {said}" if said else ""
     location = _without_secrets(request.secrets.hide(headers.get("location", "")))
     if 300 <= status < 400 and location:
         text += f" (redirects are not followed; Location: {location})"
@@ -2913,12 +2916,12 @@ def _seconds_until(date: str) -> float:
 # --------------------------------------------------------------------------------------
 
 
-#: Where servers put the sentence, in the order in which they are believed.
+#: Where servers put the sentence, in the order in which they are believed. In lower case
+#: and without _, since some write errorMessage or Message.
 _SENTENCE_MEMBERS = (
-    *("error_description", "error"),
-    *("message", "detail", "details", "msg", "text", "error_msg"),
-    *("error_message", "errorMessage", "base_resp", "status_msg", "errors"),
-    *("Message", "title", "description", "reason", "fault", "faultstring", "header"),
+    *("errordescription", "error", "message", "detail", "details", "msg", "text"),
+    *("errormsg", "errormessage", "baseresp", "statusmsg", "errors"),
+    *("title", "description", "reason", "fault", "faultstring", "header"),
 )
 
 #: Of a flat error: members with its sentence, and with its code.
@@ -3006,13 +3009,24 @@ class _ErrorFacts:
     def __init__(self, value: Any, hide: Callable[[str], str]) -> None:
         body = _first_dict(value)
         error = _first_dict(body.get("error")) or body
-        places = (error, body, _first_dict(body.get("base_resp")))
+        parts = list(_error_parts(value))
+        inner = [part for part in parts if isinstance(part, dict)]
+        places = [error, body, _first_dict(body.get("base_resp")), *inner]
         codes = [place.get(name) for place in places for name in _CODES]
         codes += filter(_is_bad_status, (place.get("status") for place in places))
-        types = (p.get(name) for p in places[:2] for name in ("type", "error_type"))
-        self.message = _one_line(hide(_find_sentence(value)), _MAX_SENTENCE)
+        types = [p.get(name) for p in places for name in ("type", "error_type")]
         self.code = next((code for code in codes if code is not None), None)
         self.type = next((kind for kind in types if kind is not None), None)
+        if _SPENT in codes + types:  # also deep inside what a gateway put around it
+            self.code = _SPENT
+        sentences = (part for part in parts if isinstance(part, str) and part.strip())
+        message = next(sentences, "")
+        # OpenRouter's own sentence says only that the provider has sent an error.
+        raw = _first_dict(error.get("metadata")).get("raw")
+        reason = next((p for p in _error_parts(raw) if isinstance(p, str)), "")
+        if reason.strip() and reason not in message:
+            message = f"{message}: {reason}"
+        self.message = _one_line(hide(message), _MAX_SENTENCE)
 
 
 def _first_dict(value: Any) -> dict[str, Any]:
@@ -3022,44 +3036,73 @@ def _first_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _find_sentence(value: Any, depth: int = 0) -> str:
-    """The first sentence in an error's JSON, also in JSON inside a string; else ""."""
-    found: Iterable[Any] = ()
+def _error_parts(value: Any, depth: int = 0) -> Iterator[Any]:
+    """The dicts and the sentences in an error's JSON, also in JSON inside a string: each
+    dict before what is in it, and what says most before the rest."""
     if isinstance(value, str):
         inner = _parse_json(value) if value.lstrip()[:1] in ("{", "[") else None
-        return _find_sentence(inner, depth + 1) or value if inner else value
-    if depth > 8:
-        return ""
+        if inner and depth <= 8:
+            yield from _error_parts(inner, depth + 1)
+        yield _without_page(value)
+        return
+    found: Iterable[Any] = ()
     if isinstance(value, list):
         found = value
     elif isinstance(value, dict):
-        found = [value[name] for name in _SENTENCE_MEMBERS if name in value]
-        if isinstance(value.get("errors"), dict):  # ASP.NET: by the name of a field
-            found += value["errors"].values()
-    sentences = (_find_sentence(item, depth + 1) for item in found)
-    return next((sentence for sentence in sentences if sentence.strip()), "")
+        yield value
+        found = _sentences_in(value)
+    if depth <= 8:
+        for item in found:
+            yield from _error_parts(item, depth + 1)
+
+
+def _sentences_in(error: dict[str, Any]) -> list[Any]:
+    """The members of a dict that may hold the sentence, the most believed first."""
+    names = {name.lower().replace("_", ""): value for name, value in error.items()}
+    found = [names[name] for name in _SENTENCE_MEMBERS if name in names]
+    if isinstance(names.get("errors"), dict):  # ASP.NET: by the name of a field
+        found = [*names["errors"].values(), *found]
+    label = names.get("error")
+    if isinstance(label, str) and _is_label(label):
+        found.append(found.pop(found.index(label)))
+    return found
+
+
+def _is_label(text: str) -> bool:
+    """A word like rate_limit, or a status in words: others say more (Spring, NestJS)."""
+    import http.client
+
+    return text in http.client.responses.values() or not re.search(r"\s", text)
 
 
 def _parse_error_body(body: str) -> Any:
-    """-> the JSON in it, also behind `data:` (DashScope); else its title or beginning."""
+    """-> the JSON in it, also behind `data:` (DashScope), or what can be had of JSON that
+    is not whole; else its title or all of it."""
     text = body.lstrip("\ufeff")
     behind = re.findall(r"^data:(.*)", text, re.MULTILINE)
     for part in (text, *behind):
         values = _parse_values(part)
         if values:
             return values if len(values) > 1 else values[0]
-    return _title(text)
+    if text.lstrip()[:1] in ("{", "["):  # FastAPI sends back a large request as well
+        found = re.search(r'"(?:message|msg|detail)"\s*:\s*("(?:[^"\\]|\\.)*")', text)
+        return _parse_json(found[1]) if found else text
+    return _title(text) if text.lstrip()[:1] == "<" else text
 
 
-def _title(text: str) -> str:
-    """The sentence in an error page: the title alone of HTML, whose body may hold the
-    caller's address (Cloudflare), else the beginning of the text."""
-    if text.lstrip()[:1] == "<":
-        import html
+def _without_page(text: str) -> str:
+    """Of a page of HTML in a text only the title."""
+    page = re.search("<!doctype|<html", text, re.IGNORECASE)
+    return text[: page.start()] + _title(text[page.start() :]) if page else text
 
-        title = re.search(r"<title[^>]{0,200}>([^<]*)", text, re.IGNORECASE)
-        text = html.unescape(title[1]) if title else ""
-    return text[:300]
+
+def _title(page: str) -> str:
+    """Of HTML, or the sentence of XML: the body of an error page may hold the caller's
+    address (Cloudflare)."""
+    import html
+
+    title = re.search(r"<(?:title|message)[^>]{0,200}>([^<]*)", page, re.IGNORECASE)
+    return html.unescape(title[1]) if title else ""
 
 
 # --------------------------------------------------------------------------------------

@@ -937,7 +937,7 @@ ERROR_ROWS = [
     ("D10 in a choice", sse(C("a"), {"choices": [{"delta": {}, "finish_reason": "error", "error": ERROR}]}, DONE),
      [A], 500, "t", "boom"),
     ("D10 x_groq", sse(C("a", x_groq={"error": "boom"}), DONE), [A], None, None, "boom"),
-    ("D11 errors", sse({"success": False, "errors": [{"code": 7, "message": "boom"}]}), [], None, None, "boom"),
+    ("D11 errors", sse({"success": False, "errors": [{"code": 7, "message": "boom"}]}), [], 7, None, "boom"),
     ("D7 base_resp, a str", sse({"base_resp": {"status_code": "1004", "status_msg": "boom"}}), [], "1004", None, "boom"),
     ("D1 in a named event", b"event: x\n" + sse({"error": "boom"}), [], None, None, "boom"),
     ("D11 flat", sse({"code": "Bad", "message": "boom", "request_id": "q"}), [], "Bad", None, "boom"),
@@ -1310,6 +1310,19 @@ def test_e3_not_an_event_stream(transport, body):
         ({"errors": {"model": ["no such model"]}}, "x/y", "no such model"),
         (b"<html><title>502 &amp; out</title>1.2.3.4</html>", "text/html", "502 & out"),
         (b"<html>1.2.3.4</html>", "text/html", ""),
+        (b"<?xml version='1.0'?><Error><Code>A</Code><Message>no such model</Message></Error>", "x/y", "no such model"),
+        ({"error": {"message": "<!DOCTYPE html><title>no such model</title>1.2.3.4"}}, "x/y", "no such model"),
+        ({"errors": [{"detail": "Error - <HTML>1.2.3.4<title>no such model</title>"}]}, "x/y", "Error - no such model"),
+        ({"error": "<|end|> is no such model"}, "x/y", "<|end|> is no such model"),
+        ({"error": "Bad Request", "message": "no such model"}, "x/y", "no such model"),
+        ({"error": "not_found", "detail": "no such model"}, "x/y", "no such model"),
+        ({"error": "not_found"}, "x/y", "not_found"),
+        ({"title": "Errors occurred.", "errors": {"model": ["no such model"]}}, "x/y", "no such model"),
+        ({"Error": {"Message": "no such model"}}, "x/y", "no such model"),
+        ({"error": {"message": "Error", "metadata": {"raw": '{"error":"no such model"}'}}}, "x/y", "Error: no such model"),
+        ({"error": {"message": "no such model", "metadata": {"raw": "no such model"}}}, "x/y", "no such model"),
+        ({"detail": [{"msg": "no such \"model\"", "input": "x" * 100_000}]}, "x/y", 'no such "model"'),
+        (b"no such model " * 100, "text/plain", ("no such model " * 100).strip()),
         (b"", None, ""),
         ([], "application/json", ""),
     ],
@@ -1320,6 +1333,16 @@ def test_f_error_replies_have_one_readable_sentence(transport, body, type, messa
     assert failure.message == message
     assert "1.2.3.4" not in str(failure)
     assert (message or "Not Found") in str(failure)
+
+
+@pytest.mark.parametrize(
+    "status, text",
+    [("503 ", "503 from {}: Service Unavailable"), ("599 ", "599 from {}")],
+)
+def test_a_status_alone_is_said_in_words(transport, status, text):
+    with Server([error(status, b"")]) as server:
+        failure = collect(ask(server))[1]
+        assert str(failure).endswith(text.format(server.url + "/chat/completions"))
 
 
 @pytest.mark.parametrize("position", range(len(cs._REQUEST_ID_HEADERS)))
@@ -1661,12 +1684,26 @@ def test_x_should_retry(transport, sleeps):
     assert (type(failure), failure.attempts) == (cs.RetryLimitError, 2)
 
 
-@pytest.mark.parametrize("member", ["code", "type"])
-def test_insufficient_quota_is_not_retried(transport, sleeps, member):
-    body = {"error": {"message": "pay", member: "insufficient_quota"}}
+SPENT = {"error": {"message": "pay", "code": "insufficient_quota"}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        SPENT,
+        {"error": {"message": "pay", "type": "insufficient_quota"}},
+        {"detail": SPENT},
+        {"error": json.dumps(SPENT)},
+        {"error": {"message": json.dumps(SPENT), "code": 429}},
+        {"errors": [SPENT["error"]]},
+        {"message": SPENT},
+    ],
+)
+def test_insufficient_quota_is_not_retried(transport, sleeps, body):
     with Server([error("429 Slow", body, "x-should-retry: true")]) as server:
         _, failure = collect(ask(server, max_retries=4))
     assert (type(failure), len(server.requests)) == (cs.StatusError, 1)
+    assert failure.message == "pay"
 
 
 def test_a_text_like_insufficient_quota_is_retried(transport, sleeps):
