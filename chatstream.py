@@ -2225,7 +2225,10 @@ def _take_headers(headers: Any) -> dict[str, str]:
     """Names in lower case; several of one name are joined (RFC 9110, 5.3)."""
     taken: dict[str, str] = {}
     for name, value in headers.items():
-        name = name.lower()
+        name, value = (
+            name.lower(),
+            str(value).strip(),
+        )  # http.client leaves blanks behind
         if name != "set-cookie":
             taken[name] = f"{taken[name]}, {value}" if name in taken else value
     return taken
@@ -2459,8 +2462,8 @@ def _describe_failure(cause: BaseException, upload: _Upload) -> tuple[str, bool]
     if isinstance(cause, (FileNotFoundError, PermissionError, UnicodeError)):
         return text, False
     if type(cause) is http.client.BadStatusLine:
-        shown = _one_line(str(cause), _MAX_QUOTE)
-        return f"expected a reply in HTTP/1.1, got {shown!r}", True
+        hint = "; does it speak TLS: is it https://?" if text[0] == "\x15" else ""
+        return f"expected a reply in HTTP/1.1, got {text[:_MAX_QUOTE]!r}{hint}", True
     if isinstance(cause, http.client.UnknownProtocol):
         return f"expected a reply in HTTP/1.1, got one in {str(cause)!r}", True
     return text, True
@@ -2689,7 +2692,7 @@ def _find_proxy(url: _URL) -> Optional[_Proxy]:
     from urllib.parse import unquote, urlsplit
 
     settings = urllib.request.getproxies_environment()
-    value = settings.get(url.scheme) or settings.get("all")
+    value = (settings.get(url.scheme) or settings.get("all") or "").strip()
     if not value or _goes_direct(url.host, url.port, settings.get("no", "")):
         return None
     try:
@@ -2697,15 +2700,15 @@ def _find_proxy(url: _URL) -> Optional[_Proxy]:
         host, port = parts.hostname, parts.port
     except ValueError:  # raising here would chain it: it may quote the password
         parts, host, port = urlsplit("http:"), None, None
+    if not host or "@" in parts.path + parts.query + parts.fragment:  # of a password
+        text = f"the URL in {url.scheme.upper()}_PROXY or ALL_PROXY is not valid"
+        raise _Failed(TransportError(text), again=False)
     if parts.scheme not in _DEFAULT_PORTS:
         text = (
             f"the environment asks for a {parts.scheme}:// proxy; http:// and "
             "https:// are supported (for SOCKS pass "
             "pool=urllib3.contrib.socks.SOCKSProxyManager(...))"
         )
-        raise _Failed(TransportError(text), again=False)
-    if not host:
-        text = "the URL of the proxy in the environment is not valid"
         raise _Failed(TransportError(text), again=False)
     headers: tuple[tuple[str, str], ...] = ()
     secrets: tuple[str, ...] = ()
@@ -2747,7 +2750,7 @@ def _goes_direct(host: str, port: int, no_proxy: str) -> bool:
             return True
         if not wanted:
             continue
-        if f"{name}:{port}" == wanted or name == wanted.strip("[]"):
+        if wanted in (f"{name}:{port}", f"[{name}]:{port}", name, f"[{name}]"):
             return True
         if address is None and f".{name}".endswith(f".{wanted}"):
             return True
@@ -2891,9 +2894,12 @@ def _retry_after(headers: Mapping[str, str]) -> Optional[float]:
     """Seconds; None if the server does not say, or says what is no time to wait."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "")
-        try:
-            seconds = float(value) * unit
-        except ValueError:
+        number = re.match(
+            r"[0-9]*\.?[0-9]+(?![^,])", value
+        )  # on two lines: the first one
+        if number:
+            seconds = float(number[0]) * unit
+        else:
             seconds = _seconds_until(value) if name == "retry-after" else -1.0
         if math.isfinite(seconds) and seconds > 0:
             return seconds

@@ -1653,6 +1653,10 @@ def http_date(seconds):
         (["Retry-After: " + http_date(-100)], 0.2),
         (["Retry-After: Mon, 99 Foo 2026"], 0.2),
         (["Retry-After: 120"], 120.0),
+        (["Retry-After: 120 "], 120.0),
+        (["Retry-After: 5", "Retry-After: 6"], 5.0),
+        (["Retry-After: 1_0"], 0.2),
+        (["Retry-After: 5s"], 0.2),
     ],
 )
 def test_retry_after(transport, sleeps, headers, wait):
@@ -1679,7 +1683,7 @@ def test_x_should_retry(transport, sleeps):
     with Server([error("500 Oops", {}, "x-should-retry: false")]) as server:
         _, failure = collect(ask(server, max_retries=4))
     assert (type(failure), len(server.requests)) == (cs.StatusError, 1)
-    with Server([error("400 Bad", {}, "X-Should-Retry: true")]) as server:
+    with Server([error("400 Bad", {}, "X-Should-Retry: true \t")]) as server:
         _, failure = collect(ask(server, max_retries=1))
     assert (type(failure), failure.attempts) == (cs.RetryLimitError, 2)
 
@@ -4196,10 +4200,21 @@ def test_the_logged_body_hides_secrets(transport, caplog):
     assert KEY not in "".join(r.getMessage() for r in caplog.records)
 
 
-def test_a_proxy_url_that_cannot_be_parsed(transport, monkeypatch, caplog):
-    monkeypatch.setenv("HTTP_PROXY", "http://bob:hid\uff1aden@127.0.0.1:1")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://bob:hid\uff1aden@127.0.0.1:1",
+        "http://hid:12#34@127.0.0.1:1",
+        "http://hid:12/34@127.0.0.1:1",
+        "http://hid:12?34@127.0.0.1:1",
+        '"http://hidden:1"',
+    ],
+)
+def test_a_proxy_url_that_cannot_be_parsed(transport, monkeypatch, caplog, url):
+    monkeypatch.setenv("HTTP_PROXY", url)
     _, failure = collect(ask("http://upstream.test/v1", max_retries=2))
     assert (type(failure), failure.attempts) == (cs.TransportError, 1)
+    assert "HTTP_PROXY or ALL_PROXY is not valid" in str(failure)
     assert "hid" not in everything_about(failure)
 
 
@@ -4231,6 +4246,8 @@ def test_loopback_goes_through_no_proxy(transport, monkeypatch, host):
         ("11.1.2.3", "10.0.0.0/8,nonsense/99", False),
         ("fd00::5", "fd00::/8", True),
         ("fd00::5", "[fd00::5]", True),
+        ("fd00::5", "[fd00::5]:80", True),
+        ("fd00::5", "[fd00::5]:81", False),
     ],
 )
 def test_no_proxy_entries(monkeypatch, host, no_proxy, direct):
@@ -5135,6 +5152,13 @@ def test_a_tab_may_stand_in_a_header():
 def test_no_proxy_with_a_dot_or_a_port():
     assert cs._goes_direct("x.test", 80, "x.test.")
     assert cs._goes_direct("api.x.test", 80, "x.test:80")
+
+
+def test_a_reply_that_is_tls_asks_for_https(transport):
+    with Server([b"\x15\x03\x03\x00\x02\x02\x16", CLOSE]) as server:
+        text = str(collect(ask(server))[1])
+    assert "got '\\x15\\x03\\x03" in text
+    assert text.endswith("is it https://?")
 
 
 def test_a_closed_connection_is_no_odd_reply(transport):
