@@ -2481,24 +2481,25 @@ def _open_pooled(
     tls: Optional[_TLS],
 ) -> _Opened:
     """On urllib3: over a connection of a pool, which a dead one costs nothing."""
-    pool = request.pool
+    pool, url = request.pool, request.url.origin + request.url.target
     if pool is None:
-        pool = _shared_pool(
-            urllib3,
-            proxy,
-            tls,
-            urllib3.HTTPConnectionPool.ConnectionCls,  # of vcrpy, where that is at work
+        # vcrpy, where it is at work, has set connection classes of its own.
+        kinds = (
+            urllib3.HTTPConnectionPool.ConnectionCls,
             urllib3.HTTPSConnectionPool.ConnectionCls,
         )
+        pool = _shared_pool(urllib3, request.url.origin, proxy, tls, kinds)
+        if proxy is None or request.url.scheme == "https":
+            url = request.url.target
     try:
-        return _send_pooled(urllib3, pool, request, upload)
+        return _send_pooled(urllib3, pool, url, request, upload)
     except _DeadConnection:
         upload.start_again()
-        return _send_pooled(urllib3, pool, request, upload)
+        return _send_pooled(urllib3, pool, url, request, upload)
 
 
 def _send_pooled(
-    urllib3: Any, pool: Any, request: _Request, upload: _Upload
+    urllib3: Any, pool: Any, url: str, request: _Request, upload: _Upload
 ) -> _Opened:
     """Raises _DeadConnection where a kept connection has ended unseen."""
     origin = request.url.origin
@@ -2507,7 +2508,7 @@ def _send_pooled(
     try:
         wrapper = pool.urlopen(
             "POST",
-            origin + request.url.target,
+            url,
             body=upload,
             headers=_merge_headers(
                 pool.headers,
@@ -2520,6 +2521,7 @@ def _send_pooled(
             ),
             retries=False,
             redirect=False,
+            assert_same_host=False,  # else it parses the URL once more
             preload_content=False,
             decode_content=False,
         )
@@ -2552,15 +2554,16 @@ def _count_connections(pool: Any, origin: str) -> Optional[int]:
     return getattr(pool.connection_from_url(origin), "num_connections", None)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=32)
 def _shared_pool(
     urllib3: Any,
+    origin: str,
     proxy: Optional[_Proxy],
     tls: Optional[_TLS],
-    connection: Any,
-    tls_connection: Any,
+    kinds: tuple[Any, Any],
 ) -> Any:
-    """One pool for all calls with the same proxy, certificates and connection classes."""
+    """One pool for all calls to a server with the same proxy, certificates and kinds of
+    connections. It is not a PoolManager, which would look for it anew in each call."""
     options: dict[str, Any] = {
         "maxsize": _POOL_SIZE,
         "socket_options": [
@@ -2579,18 +2582,13 @@ def _shared_pool(
             # Left without one, it makes the same checks itself.
             options["ca_certs"] = ca_file
     if proxy is None:
-        manager = urllib3.PoolManager(**options)
+        pool = urllib3.connection_from_url(origin, **options)
     else:
         headers = dict(proxy.headers)
         manager = urllib3.ProxyManager(proxy.url, proxy_headers=headers, **options)
-    manager.pool_classes_by_scheme = {
-        scheme: type("Pool", (pool,), {"ConnectionCls": _watched(connection_class)})
-        for scheme, pool, connection_class in [
-            ("http", urllib3.HTTPConnectionPool, connection),
-            ("https", urllib3.HTTPSConnectionPool, tls_connection),
-        ]
-    }
-    return manager
+        pool = manager.connection_from_url(origin)
+    pool.ConnectionCls = _watched(pool.ConnectionCls)
+    return pool
 
 
 if hasattr(os, "register_at_fork"):  # a forked child must not write to our connections

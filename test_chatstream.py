@@ -1917,14 +1917,14 @@ def test_the_headers_through_an_http_proxy_are_sent_once(monkeypatch):
 if urllib3 and hasattr(urllib3.response.HTTPResponse, "read1"):  # 1.26 has none
 
     def test_without_the_private_name_the_public_read1_serves(monkeypatch):
-        real = urllib3.PoolManager.urlopen
+        real = urllib3.HTTPConnectionPool.urlopen
 
         def urlopen(*args, **kwargs):
             response = real(*args, **kwargs)
             response._original_response = None
             return response
 
-        monkeypatch.setattr(urllib3.PoolManager, "urlopen", urlopen)
+        monkeypatch.setattr(urllib3.HTTPConnectionPool, "urlopen", urlopen)
         scripts = (
             [reply(PLAIN)],
             [UNFINISHED, CLOSE],
