@@ -3065,18 +3065,28 @@ def _sentences_in(error: dict[str, Any]) -> list[Any]:
     names = {name.lower().replace("_", ""): value for name, value in error.items()}
     found = [names[name] for name in _SENTENCE_MEMBERS if name in names]
     if isinstance(names.get("errors"), dict):  # ASP.NET: by the name of a field
-        found = [*names["errors"].values(), *found]
-    label = names.get("error")
-    if isinstance(label, str) and _is_label(label):
-        found.append(found.pop(found.index(label)))
+        return [*names["errors"].values(), *found]
+    if found and found[0] is names.get("error") and _is_label(found[0]):
+        others = [text for item in found[1:] for text in _as_list(item)]
+        more = next((t for t in others if isinstance(t, str) and t.strip()), "")
+        return [f"{found[0]}: {more}" if more else found[0], *found[1:]]
     return found
 
 
-def _is_label(text: str) -> bool:
-    """A word like rate_limit, or a status in words: others say more (Spring, NestJS)."""
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_label(error: Any) -> bool:
+    """A word like rate_limit, or a status in words: Spring and NestJS say more beside."""
     import http.client
 
-    return text in http.client.responses.values() or not re.search(r"\s", text)
+    if not isinstance(error, str):
+        return False
+    return (
+        error in http.client.responses.values()
+        or re.fullmatch(r"\w+", error) is not None
+    )
 
 
 def _parse_error_body(body: str) -> Any:
