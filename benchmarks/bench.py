@@ -806,7 +806,7 @@ def parse_args():
     )
     parser.add_argument("--quick", action="store_true", help="2 rounds, smaller loads")
     parser.add_argument("--only", action="append", choices=SCENARIOS)
-    parser.add_argument("--rounds", type=int, help="default 5")
+    parser.add_argument("--rounds", type=int, help="default 3")
     parser.add_argument("--plot", metavar="FILE.svg")
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args()
@@ -832,7 +832,7 @@ def main():
     )
     names = [name for name in CONTENDERS if name not in missing]
     bench = Bench(int(server.stdout.readline()), names, args.quick)
-    rounds = args.rounds or (2 if args.quick else 5)
+    rounds = args.rounds or (2 if args.quick else 3)
     try:
         for number in range(1, rounds + 1):
             for scenario in args.only or SCENARIOS:
