@@ -3240,9 +3240,9 @@ class _SSE:
                 start += 1
         value = line[start:]
         is_done = value.strip() in _DONE_TEXTS
-        if self._has_whole_data():
-            self._is_dense = True
-        if self._bare or is_done or self._is_dense:
+        is_next = self._has_whole_data()
+        self._is_dense = self._is_dense or is_next
+        if self._bare or is_done or is_next:
             yield from self.flush()
         if is_done:
             yield _DONE, b""

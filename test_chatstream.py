@@ -780,6 +780,8 @@ ROWS = [
      [R("r"), A, ToolCallDelta(0, "i", "f", "{}"), completed(usage=USED)]),
     ("E1 pretty-printed", json.dumps(whole({"content": "a"}), indent=2).encode() + b"\n", [A, END]),
     ("E1 after comments", b": wait\n\n" + json.dumps(whole({"content": "a"})).encode(), [A, END]),
+    ("A6 no blank lines, then one object on several data lines", sse(C("a"), C("b"), end="\n") + b'data: {"choices":\ndata: [{"delta": {"content":\ndata: "c"}}]}\n\n' + sse(STOP),
+     [A, B, TextDelta("c"), END]),
     ("A6 a line that is none, among lines that are", sse("{oops", C("a"), end="\n") + b"\n" + sse(STOP),
      [A, completed(skipped=1)]),
     ("A13 padding", sse(": OPENROUTER PROCESSING", C("a"), "null", STOP, ":", DONE), [A, END]),
