@@ -3919,7 +3919,7 @@ class _Choice:
         extra = {
             name: value
             for name, value in source.items()
-            if (name.startswith("reasoning") or name in _REASONING_MEMBERS)
+            if name.startswith(("reasoning", "thinking"))
             and value
             and isinstance(value, (str, list, dict))
         }
