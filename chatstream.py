@@ -2222,14 +2222,13 @@ def _read_head(response: Any) -> None:
 
 
 def _take_headers(headers: Any) -> dict[str, str]:
-    """Names in lower case; several of one name are joined (RFC 9110, 5.3)."""
+    """Names in lower case; several of one name are joined (RFC 9110, 5.3). The blanks
+    around a value, which do not belong to it, http.client leaves there."""
     taken: dict[str, str] = {}
     for name, value in headers.items():
-        name, value = (
-            name.lower(),
-            str(value).strip(),
-        )  # http.client leaves blanks behind
+        name = name.lower()
         if name != "set-cookie":
+            value = str(value).strip()
             taken[name] = f"{taken[name]}, {value}" if name in taken else value
     return taken
 
@@ -2463,7 +2462,8 @@ def _describe_failure(cause: BaseException, upload: _Upload) -> tuple[str, bool]
         return text, False
     if type(cause) is http.client.BadStatusLine:
         hint = "; does it speak TLS: is it https://?" if text[0] == "\x15" else ""
-        return f"expected a reply in HTTP/1.1, got {text[:_MAX_QUOTE]!r}{hint}", True
+        shown = _one_line(text.encode("unicode_escape").decode(), _MAX_QUOTE)
+        return f"expected a reply in HTTP/1.1, got '{shown}'{hint}", True
     if isinstance(cause, http.client.UnknownProtocol):
         return f"expected a reply in HTTP/1.1, got one in {str(cause)!r}", True
     return text, True
@@ -2563,7 +2563,8 @@ def _shared_pool(
     kinds: tuple[Any, Any],
 ) -> Any:
     """One pool for all calls to a server with the same proxy, certificates and kinds of
-    connections. It is not a PoolManager, which would look for it anew in each call."""
+    connections, which are here only to tell pools apart. A PoolManager would look for the
+    pool anew in each call."""
     options: dict[str, Any] = {
         "maxsize": _POOL_SIZE,
         "socket_options": [
@@ -2892,11 +2893,9 @@ def _retry_after(headers: Mapping[str, str]) -> Optional[float]:
     """Seconds; None if the server does not say, or says what is no time to wait."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "")
-        number = re.match(
-            r"[0-9]*\.?[0-9]+(?![^,])", value
-        )  # on two lines: the first one
-        if number:
-            seconds = float(number[0]) * unit
+        first = value.partition(",")[0].strip()  # it may stand on two lines
+        if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", first):
+            seconds = float(first) * unit
         else:
             seconds = _seconds_until(value) if name == "retry-after" else -1.0
         if math.isfinite(seconds) and seconds > 0:
@@ -2982,6 +2981,8 @@ def _is_bad_code(code: Any) -> bool:
 
 def _is_bad_status(status: Any) -> bool:
     """As in HTTP. Words tell of progress, too."""
+    if not isinstance(status, (str, int)):
+        return False
     return re.fullmatch("[4-9][0-9][0-9]", str(status)) is not None
 
 
@@ -2995,7 +2996,7 @@ def _server_error(
     if raw is None:
         raw = text
     facts = _ErrorFacts(raw if part is None else part, hide)
-    message = facts.message or _one_line(text, _MAX_SENTENCE)
+    message = facts.message or _one_line(_without_page(text), _MAX_SENTENCE)
     code = _one_line(str(facts.code), 40)
     shown = f" (code {code})" if facts.code is not None else ""
     return ServerError(
@@ -3014,23 +3015,20 @@ class _ErrorFacts:
         body = _first_dict(value)
         error = _first_dict(body.get("error")) or body
         parts = list(_error_parts(value))
-        inner = [part for part in parts if isinstance(part, dict)]
-        places = [error, body, _first_dict(body.get("base_resp")), *inner]
-        codes = [place.get(name) for place in places for name in _CODES]
-        codes += filter(_is_bad_status, (place.get("status") for place in places))
-        types = [p.get(name) for p in places for name in ("type", "error_type")]
+        dicts = [error, body, *(part for part in parts if isinstance(part, dict))]
+        codes = [item.get(name) for item in dicts for name in _CODES]
+        codes += filter(_is_bad_status, (item.get("status") for item in dicts))
+        types = [item.get(name) for item in dicts for name in ("type", "error_type")]
         self.code = next((code for code in codes if code is not None), None)
         self.type = next((kind for kind in types if kind is not None), None)
         if _SPENT in codes + types:  # also deep inside what a gateway put around it
             self.code = _SPENT
-        sentences = (part for part in parts if isinstance(part, str) and part.strip())
-        message = next(sentences, "")
+        self.message = _one_line(hide(_find_sentence(parts)), _MAX_SENTENCE)
         # OpenRouter's own sentence says only that the provider has sent an error.
         raw = _first_dict(error.get("metadata")).get("raw")
-        reason = next((p for p in _error_parts(raw) if isinstance(p, str)), "")
-        if reason.strip() and reason not in message:
-            message = f"{message}: {reason}"
-        self.message = _one_line(hide(message), _MAX_SENTENCE)
+        reason = _one_line(hide(_find_sentence(_error_parts(raw))), _MAX_SENTENCE)
+        if reason and reason not in self.message:
+            self.message = _one_line(f"{self.message}: {reason}", _MAX_SENTENCE)
 
 
 def _first_dict(value: Any) -> dict[str, Any]:
@@ -3040,6 +3038,21 @@ def _first_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+class _Label(str):
+    """A word like rate_limit or a status in words, in the place of a sentence."""
+
+
+def _find_sentence(parts: Iterable[Any]) -> str:
+    """The first sentence of _error_parts(); "" if there is none. Beside a label, in which
+    Spring and NestJS say nothing new, also the one that follows."""
+    sentences = (part for part in parts if isinstance(part, str) and part.strip())
+    sentence = next(sentences, "")
+    if isinstance(sentence, _Label):
+        more = next((text for text in sentences if text != sentence), "")
+        return f"{sentence}: {more}" if more else str(sentence)
+    return sentence
+
+
 def _error_parts(value: Any, depth: int = 0) -> Iterator[Any]:
     """The dicts and the sentences in an error's JSON, also in JSON inside a string: each
     dict before what is in it, and what says most before the rest."""
@@ -3047,7 +3060,7 @@ def _error_parts(value: Any, depth: int = 0) -> Iterator[Any]:
         inner = _parse_json(value) if value.lstrip()[:1] in ("{", "[") else None
         if inner and depth <= 8:
             yield from _error_parts(inner, depth + 1)
-        yield _without_page(value)
+        yield value if isinstance(value, _Label) else _without_page(value)
         return
     found: Iterable[Any] = ()
     if isinstance(value, list):
@@ -3062,45 +3075,41 @@ def _error_parts(value: Any, depth: int = 0) -> Iterator[Any]:
 
 def _sentences_in(error: dict[str, Any]) -> list[Any]:
     """The members of a dict that may hold the sentence, the most believed first."""
-    names = {name.lower().replace("_", ""): value for name, value in error.items()}
-    found = [names[name] for name in _SENTENCE_MEMBERS if name in names]
-    if isinstance(names.get("errors"), dict):  # ASP.NET: by the name of a field
-        return [*names["errors"].values(), *found]
-    if found and found[0] is names.get("error") and _is_label(found[0]):
-        others = [text for item in found[1:] for text in _as_list(item)]
-        more = next((t for t in others if isinstance(t, str) and t.strip()), "")
-        return [f"{found[0]}: {more}" if more else found[0], *found[1:]]
-    return found
+    members: dict[str, Any] = {}
+    for name, value in error.items():
+        name = name.lower().replace("_", "")
+        members[name] = members.get(name) or value
+    label = members.get("error")
+    if isinstance(label, str) and _is_label(label):
+        members["error"] = _Label(label)
+    by_field = members.get("errors")  # ASP.NET's, the first to be believed
+    fields = list(by_field.values()) if isinstance(by_field, dict) else []
+    if fields:
+        del members["errors"]
+    return fields + [members[name] for name in _SENTENCE_MEMBERS if name in members]
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _is_label(error: Any) -> bool:
-    """A word like rate_limit, or a status in words: Spring and NestJS say more beside."""
+def _is_label(text: str) -> bool:
     import http.client
 
-    if not isinstance(error, str):
-        return False
-    return (
-        error in http.client.responses.values()
-        or re.fullmatch(r"\w+", error) is not None
-    )
+    if text in http.client.responses.values():
+        return True
+    return re.fullmatch(r"\w+", text) is not None
 
 
 def _parse_error_body(body: str) -> Any:
-    """-> the JSON in it, also behind `data:` (DashScope), or what can be had of JSON that
-    is not whole; else its title or all of it."""
+    """-> the JSON in it, also behind `data:` (DashScope); the sentence in JSON that is not
+    whole (FastAPI sends a large request back); else its text."""
     text = body.lstrip("\ufeff")
     behind = re.findall(r"^data:(.*)", text, re.MULTILINE)
     for part in (text, *behind):
         values = _parse_values(part)
         if values:
             return values if len(values) > 1 else values[0]
-    if text.lstrip()[:1] in ("{", "["):  # FastAPI sends back a large request as well
-        found = re.search(r'"(?:message|msg|detail)"\s*:\s*("(?:[^"\\]|\\.)*")', text)
-        return _parse_json(found[1]) if found else text
+    if text.lstrip()[:1] in ("{", "["):
+        literal = r'"(?:message|msg|detail)"\s*:\s*("(?:[^"\\]|\\.)*")'
+        sentences = (_parse_json(found[1]) for found in re.finditer(literal, text))
+        return next((sentence for sentence in sentences if sentence), text)
     return _title(text) if text.lstrip()[:1] == "<" else text
 
 
@@ -3196,7 +3205,8 @@ class _SSE:
         self._kind = _DATA  # of the event that is being read
         self._data: list[bytes] = []  # its lines, without `data:`
         self._bare: list[bytes] = []  # lines of JSON that stands there without `data:`
-        self._brackets = _Brackets()  # of that JSON
+        self._brackets = _Brackets()  # of the JSON in either
+        self._looked = 0  # so many lines of data are counted in them
         self._size = 0  # of the lines in either
         self._is_dense = False  # events come without blank lines between them
 
@@ -3220,6 +3230,8 @@ class _SSE:
         if self._data:
             text = b"\n".join(self._data)
             self._data.clear()
+            if self._looked:
+                self._brackets, self._looked = _Brackets(), 0
             yield self._kind, text
         if self._bare:
             text = b"\n".join(self._bare)
@@ -3240,31 +3252,34 @@ class _SSE:
                 start += 1
         value = line[start:]
         is_done = value.strip() in _DONE_TEXTS
-        is_next = self._has_whole_data()
+        is_next = self._begins_next(value)
         self._is_dense = self._is_dense or is_next
         if self._bare or is_done or is_next:
             yield from self.flush()
         if is_done:
             yield _DONE, b""
-        else:
-            self._add(self._data, value)
-            if self._is_dense and self._has_whole_data():
-                yield from self.flush()
+            return
+        self._add(self._data, value)
+        if self._is_dense and not self._is_open():
+            yield from self.flush()
+            self._kind = _DATA
 
-    def _has_whole_data(self) -> bool:
-        """Whether what has come of an event is JSON that no further line can belong to.
+    def _begins_next(self, value: bytes) -> bool:
+        """Whether a line of data begins another event, though no blank line came.
 
-        GLM, Kimi and AgentRouter leave out the blank lines, and would otherwise be read
-        as one event that ends with the answer.
+        GLM, Kimi and AgentRouter leave those out, and all they send would be one event
+        that ends with the answer. Joined or not, such lines say the same.
         """
-        if len(self._data) != 1 or self._kind is _ERROR:
+        if not self._data or self._kind is _ERROR:
             return False
-        line = self._data[0].strip()
-        if line[:1] not in (b"{", b"[") or line[-1:] not in (b"}", b"]"):
-            return False
-        brackets = _Brackets()
-        brackets.feed(line.decode("latin-1"))
-        return brackets.are_closed
+        return value.lstrip()[:1] in (b"{", b"[") and not self._is_open()
+
+    def _is_open(self) -> bool:
+        """Whether JSON that began in the lines of data is to go on."""
+        for line in self._data[self._looked :]:
+            self._brackets.feed(line.decode("latin-1"))
+        self._looked = len(self._data)
+        return self._brackets.opened > 0 and not self._brackets.are_closed
 
     def _read_other(self, line: bytes) -> Iterator[tuple[str, bytes]]:
         """A line that is not `data:`."""
@@ -3367,10 +3382,17 @@ def _parse_values(text: str) -> Optional[list[Any]]:
 
 
 def _split_glued(line: str) -> list[str]:
-    """A line in which the next events stand without a line end before them, often behind
-    one that was cut (GLM); [line] where none of them can be read."""
+    """The parts of a line in which the next events stand without a line end before them,
+    often behind one that was cut (GLM). One part if none of the others can be read."""
     first, *others = re.split(r"data:(?=\s*[{\[])", line)
-    if any(_parse_values(part) or part.strip() == "[DONE]" for part in others):
+    if (
+        len(others) > _MAX_OBJECTS
+        or not others
+        or first.lstrip()[:6].lower() == "error:"
+    ):
+        return [line]
+    readable = others[:-1] if others[-1].strip() == "[DONE]" else others
+    if any(map(_parse_values, readable or [first])):
         return [first, *others]
     return [line]
 
@@ -3568,7 +3590,9 @@ class _Answer:
 
     def _read_lines(self, kind: str, text: str, is_cut: bool) -> Iterator[Event]:
         """Text that is not JSON as a whole: some of its lines may be, or parts of them."""
-        lines = [part for line in text.split("\n") for part in _split_glued(line)]
+        lines = text.split("\n")
+        if kind not in (_NAMED, _ERROR):
+            lines = [part for line in lines for part in _split_glued(line)]
         for position, line in enumerate(lines, 1):
             if line.strip() == "[DONE]":
                 self.done = True
@@ -3774,19 +3798,19 @@ class _Text:
 #: The kinds of things that a message may have, by the member's name.
 _CONTENT, _REASONING, _REFUSAL, _CALLS = "content", "reasoning", "refusal", "tool_calls"
 
-#: Members of a message that are texts, and their kinds.
-_MESSAGE_TEXTS = {
-    "content": _CONTENT,
-    "refusal": _REFUSAL,
-    "reasoning": _REASONING,
-    "reasoning_content": _REASONING,
-}
-
 #: The events of those that are texts.
 _TEXT_EVENTS: dict[str, Callable[[str, int], _Delta]] = {
     _CONTENT: TextDelta,
     _REASONING: ReasoningDelta,
     _REFUSAL: RefusalDelta,
+}
+
+#: And the kinds of all events.
+_KIND_OF: dict[Any, str] = {
+    TextDelta: _CONTENT,
+    ReasoningDelta: _REASONING,
+    RefusalDelta: _REFUSAL,
+    ToolCallDelta: _CALLS,
 }
 
 #: Where reasoning is, in the order in which it is believed; it is never added up.
@@ -3801,6 +3825,66 @@ _REASONING_MEMBERS = (
 )
 
 
+def _kind_of_member(name: str) -> str:
+    """The kind of thing that a member of a message is; "" if it is none of ours."""
+    if name.startswith(("reasoning", "thinking")):
+        return _REASONING
+    return name if name in (_CONTENT, _REFUSAL, _CALLS) else ""
+
+
+class _Told:
+    """What messages have said of a choice, where no delta has.
+
+    Gateways without deltas send in each chunk a message with the text so far.
+    """
+
+    def __init__(self) -> None:
+        self._texts: dict[str, tuple[str, str]] = {}  # kind -> member, its text so far
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(self._texts)
+
+    def kinds_in(self, message: Any) -> frozenset[str]:
+        """Those of which this message, too, tells the text so far."""
+        if not self._texts or not isinstance(message, dict):
+            return frozenset()
+        texts = self._texts.items()
+        return frozenset(
+            k for k, (name, _) in texts if isinstance(message.get(name), str)
+        )
+
+    def take_rest(self, message: dict[str, Any]) -> dict[str, Any]:
+        """-> the message without what is told already."""
+        rest = {
+            name: value
+            for name, value in message.items()
+            if _kind_of_member(name) not in self._texts
+        }
+        for kind, (name, text) in self._texts.items():
+            now = message.get(name)
+            if not isinstance(now, str):
+                continue
+            if not now.startswith(text):  # its end may have been half of a character
+                text = text.rstrip("\ufffd")
+                text = text[:-1] if "\ud800" <= text[-1:] <= "\udbff" else text
+            if now.startswith(text):
+                rest[name] = now[len(text) :]
+                self._texts[kind] = name, now
+        return rest
+
+    def add(self, message: dict[str, Any], known: frozenset[str]) -> None:
+        """Note its texts, but for those of known kinds."""
+        for name in (_CONTENT, _REFUSAL, *_REASONING_MEMBERS):
+            kind, text = _kind_of_member(name), message.get(name)
+            if text and isinstance(text, str) and kind not in known:
+                self._texts.setdefault(kind, (name, text))
+
+    def forget(self, kind: str) -> None:
+        """A delta has said something of this kind: no message counts any more."""
+        self._texts.pop(kind, None)
+
+
 class _Choice:
     """One choice of an answer: reads its members in chunks, and gives events."""
 
@@ -3810,7 +3894,7 @@ class _Choice:
         self._grew_since_first = False  # something came after the first finish_reason
         self._grew_since_last = False  # something came after the last finish_reason
         self._streamed: set[str] = set()  # kinds of which something came
-        self._told: dict[str, str] = {}  # by member: texts so far, of messages alone
+        self._told = _Told()
         self._texts: dict[str, _Text] = {}  # by kind
         self._calls = _Calls(index)
 
@@ -3826,13 +3910,14 @@ class _Choice:
         if isinstance(delta, str):
             delta = {"content": delta}
         if isinstance(delta, dict):
-            # Where messages tell the text so far, a delta beside one says it again.
-            told = self._told_kinds() if isinstance(message, dict) else frozenset()
-            events += self._read_members(delta, told)
-            if events:
-                self._told.clear()
+            events += self._read_members(delta, self._told.kinds_in(message))
+            for event in events:
+                self._told.forget(_KIND_OF[type(event)])
         if isinstance(message, dict):
-            events += self._read_message(message)
+            # The whole text once more (Perplexity, MiniMax), or what no delta has said.
+            known = frozenset(self._streamed - self._told.kinds)
+            events += self._read_members(self._told.take_rest(message), known)
+            self._told.add(message, known)
         self._read_finish_reason(_word(data.get("finish_reason")))
         return events
 
@@ -3869,28 +3954,10 @@ class _Choice:
         events = [_TEXT_EVENTS[kind](half, self.index) for kind, half in halves if half]
         return events + self._calls.take_halves()
 
-    def _read_message(self, message: dict[str, Any]) -> list[_Delta]:
-        """What no delta has said. Perplexity and MiniMax send the whole text once more at
-        the end; gateways without deltas send what there is of it in each chunk."""
-        known = frozenset(self._streamed - self._told_kinds())
-        rest = dict(message)
-        for name, before in self._told.items():
-            text = str(message.get(name))
-            rest[name] = text[len(before) :] if text.startswith(before) else ""
-        events = list(self._read_members(rest, known))
-        for name, kind in _MESSAGE_TEXTS.items():
-            more = rest.get(name)
-            if more and isinstance(more, str) and kind not in known:
-                self._told[name] = self._told.get(name, "") + more
-        return events
-
-    def _told_kinds(self) -> frozenset[str]:
-        return frozenset(_MESSAGE_TEXTS[name] for name in self._told)
-
     def _read_members(
         self, source: dict[str, Any], known: frozenset[str]
     ) -> Iterator[_Delta]:
-        """A delta, or a message; of a message not the kinds that are known already."""
+        """Those of a delta or message, but for the kinds that are known already."""
         if _REASONING not in known:
             yield from self._read_reasoning(source)
         content = source.get("content")
@@ -3919,7 +3986,7 @@ class _Choice:
         extra = {
             name: value
             for name, value in source.items()
-            if name.startswith(("reasoning", "thinking"))
+            if _kind_of_member(name) == _REASONING
             and value
             and isinstance(value, (str, list, dict))
         }
@@ -3994,7 +4061,8 @@ class _Call:
         self.name = self.name or part.name
         if part.is_custom:
             self._type = "custom"
-        is_again = part.is_object and self.has_arguments and not self._is_blank
+        is_more = self._is_blank and part.arguments != "{}"
+        is_again = part.is_object and self.has_arguments and not is_more
         arguments = "" if is_again else self._text.join(part.arguments)
         if arguments:
             self._add(arguments)
@@ -4048,7 +4116,7 @@ class _CallPart:
     def __init__(self, data: dict[str, Any]) -> None:
         function, custom = data.get("function"), data.get("custom")
         self.is_custom = bool(custom) and isinstance(custom, dict) and not function
-        is_flat = function is None and custom is None and "arguments" in data
+        is_flat = function is None and custom is None
         source = (
             data if is_flat else _first_dict(custom if self.is_custom else function)
         )
@@ -4493,23 +4561,17 @@ def _join_arguments(pieces: list[str]) -> str:
     whole = "".join(pieces)
     if len(pieces) < 2 or _is_json(whole):
         return whole
-    candidates = [_last_of_equals(whole)]
+    candidates = [_last_of_equals(whole), _begun_anew(pieces)]
     if all(b.startswith(a) for a, b in zip(pieces, pieces[1:])):  # cumulative
         candidates.append(pieces[-1])
-    # Anew from some piece on: vLLM's GLM, in another spelling; SGLang's MiniMax.
-    starts = [i for i, piece in enumerate(pieces) if piece.lstrip()[:1] == "{"]
-    if starts and starts[-1] > 0:
-        before, again = "".join(pieces[: starts[-1]]), "".join(pieces[starts[-1] :])
-        if _squeeze(again).startswith(_squeeze(before).rstrip("}")):
-            candidates.append(again)
     if pieces[0].startswith("".join(pieces[1:])):  # opencodex, cut
         candidates.append(pieces[0])
     return next((text for text in candidates if _is_json(text)), whole)
 
 
 def _last_of_equals(text: str) -> str:
-    """The last of several JSON values that say the same, or of which the ones before it
-    are {} (Claude on Bedrock and Vertex behind gateways); else ""."""
+    """The last of several JSON values that say the same, or of which those before it are
+    {} (Claude on Bedrock and Vertex behind gateways). "" if the text is anything else."""
     text = text.strip()
     values: list[Any] = []
     start = place = 0
@@ -4518,13 +4580,31 @@ def _last_of_equals(text: str) -> str:
             start = _match_blanks(text, place).end()
             value, place = _parse_json_at(text, start)
             values.append(value)
+        last = text[start:]
+        if values and isinstance(values[-1], str):  # LiteLLM: the same in a JSON string
+            last, values[-1] = values[-1], _parse_json(values[-1])
+        # As text, since 1 and true are equal in Python.
+        said = [json.dumps(value, sort_keys=True) for value in values]
     except (ValueError, RecursionError) as error:
         _pass_on(error)
         return ""
-    last = text[start:]
-    if isinstance(values[-1], str):  # LiteLLM: once more, as JSON in a JSON string
-        last, values[-1] = values[-1], _parse_json(values[-1])
-    return last if all(value in ({}, values[-1]) for value in values) else ""
+    return last if all(text in ("{}", said[-1]) for text in said) else ""
+
+
+def _begun_anew(pieces: list[str]) -> str:
+    """What a server began anew from some piece on, in another spelling (vLLM's GLM) or
+    behind a part of it (SGLang's MiniMax); "" where none did.
+
+    Behind one of `:,[` it may be an object inside another, which was then cut.
+    """
+    starts = [i for i, piece in enumerate(pieces) if piece.lstrip()[:1] == "{"]
+    if not starts:
+        return ""
+    before, again = "".join(pieces[: starts[-1]]), "".join(pieces[starts[-1] :])
+    is_inside = before.rstrip()[-1:] in ("", ":", ",", "[")
+    if is_inside or not _squeeze(again).startswith(_squeeze(before).rstrip("}")):
+        return ""
+    return again
 
 
 def _squeeze(text: str) -> str:

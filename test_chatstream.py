@@ -711,6 +711,13 @@ ROWS = [
     ("B17 of the text so far, a delta beside it, three alike but for that", sse(whole({"content": "a"}, None), *[{"choices": [
         {"delta": {"content": t}, "message": {"content": "ab"}}]} for t in ("b", "x", "y")], STOP, DONE), [A, B, END]),
     ("B17 of the reasoning so far", sse(*[whole({"reasoning_content": t}, None) for t in ("a", "ab")], STOP, DONE), [R("a"), R("b"), END]),
+    ("B17 of the text so far, then none", sse(whole({"content": "No"}, None), *[whole({"content": t}, None) for t in (None, ["None"], 1)], whole({}), DONE), [TextDelta("No"), END]),
+    ("B17 of the text so far, its reasoning in two members", sse(*[whole({"reasoning": "r", "reasoning_details": [{"text": "r"}], "content": t}, None) for t in ("a", "ab")], STOP, DONE),
+     [R("r", reasoning="r", reasoning_details=[{"text": "r"}]), A, B, END]),
+    ("B17 of the text so far, one kind in deltas", sse(whole({"reasoning": "r"}, None), {"choices": [{"delta": {"content": "a"}, "message": {"reasoning": "rs"}}]}, whole({"reasoning": "rst", "content": "a"}), DONE),
+     [R("r", reasoning="r"), A, R("s", reasoning="s"), R("t", reasoning="t"), END]),
+    ("B17 of the text so far, cut in a character", sse(*[whole({"content": t}, None) for t in ("a\ufffd", "ab", "abc")], STOP, DONE), [TextDelta("a\ufffd"), B, TextDelta("c"), END]),
+    ("B17 of the text so far, cut in a pair", sse(*[whole({"content": t}, None) for t in ("a\ud83d", "a\ud83d\ude00", "a\ud83d\ude00b")], STOP, DONE), [A, TextDelta("\ufffd😀"), B, END]),
     ("B17 another text is no text so far", sse(whole({"content": "ab"}, None), whole({"content": "b"}), DONE), [TextDelta("ab"), END]),
     ("B17 a delta between", sse(whole({"content": "a"}, None), C("b"), whole({"content": "ab"}), DONE), [A, B, END]),
     ("B18 roles", sse(C(delta={"role": "assistant", "content": "a"}), C(delta={"role": None, "content": "b"}),
@@ -721,6 +728,8 @@ ROWS = [
     ("B19 glued, cut, glued", sse('{"chdata:' + json.dumps(C("a")) + 'data: {"chodata: ' + json.dumps(C("b")), STOP),
      [A, B, completed(skipped=2)]),
     ("B19 cut in a text that speaks of data:", sse(C("a"), '{"text":"data: {\\"a\\"', C("b"), STOP), [A, B, completed(skipped=1)]),
+    ("B19 prose that speaks of [DONE]", sse(C("a"), "waiting for data: [DONE]", C("b"), STOP), [A, B, completed(skipped=1)]),
+    ("B19 prose in a named event", sse(C("a")) + b"event: log\ndata: got data: {}\n\n" + sse(C("b"), STOP), [A, B, END]),
     ("B19 glued [DONE], and more", sse(C("a"), json.dumps(STOP) + "data: [DONE]", C("b")), [A, END]),
     ("B19 pretty-printed", b'data: {\n  "choices": []\n}\n\n' + PLAIN, [A, B, completed(skipped=1)]),
     ("B19 truncated at the end", sse(C("a"), C("b"), STOP) + b'data: {"choices":[{"del',
@@ -1029,8 +1038,14 @@ CALL_ROWS = [
     ("C10 numbers are text", [tool(0, "i", "f", '{"a":'), tool(0, None, None, 1), tool(0, None, None, 0), tool(0, None, None, "}")], [("i", "f", '{"a":10}')]),
     ("C17 {} first, as objects", [tool(0, "i", "f", a) for a in ({}, {"a": 1}, {"a": 2})], [("i", "f", '{"a": 1}')]),
     ("C17 again as JSON in a string", [tool(0, "i", "f", a) for a in ('{"a"', ":1}", '"{\\"a\\":1}"')], [("i", "f", '{"a":1}')]),
+    ("C17 blanks alone", [tool(0, "i", "f", a) for a in ("\n", " ")], [("i", "f", "\n ")]),
+    ("C17 {} twice", [tool(0, "i", "f", a) for a in ("{}", "{}")], [("i", "f", "{}")]),
+    ("C17 {} as an object three times", [tool(0, "i", "f", {})] * 3, [("i", "f", "{}")]),
+    ("C17 objects alike inside each other, cut", [tool(0, "i", "f", a) for a in ('{"', "a", '":', '{"', "a", '":', "1", "}")], [("i", "f", '{"a":{"a":1}')]),
+    ("C17 objects alike in a list, cut", [tool(0, "i", "f", a) for a in ('{"a":[', '{"a":1}', ",", '{"a":1}')], [("i", "f", '{"a":[{"a":1},{"a":1}')]),
+    ("C17 1 is not true", [tool(0, "i", "f", a) for a in ('{"a":1}', '{"a":true}')], [("i", "f", '{"a":1}{"a":true}')]),
     ("C17 a string behind an object", [tool(0, "i", "f", a) for a in ('{"a":1}', '"x"')], [("i", "f", '{"a":1}"x"')]),
-    ("C without function around it", [C(delta={"tool_calls": [{"index": 0, "id": "i", "name": "f", "arguments": a}]}) for a in ('{"a"', ":1}")],
+    ("C without function around it", [C(delta={"tool_calls": [{"index": 0, "id": "i", **more}]}) for more in ({"name": "f"}, {"arguments": '{"a"'}, {"arguments": ":1}"})],
      [("i", "f", '{"a":1}')]),
     ("C17 again with other blanks", [tool(0, "i", "f", c) for c in ('{"a":', "1}", '{"a": 1}')], [("i", "f", '{"a": 1}')]),
     ("C17 again with other escapes", [tool(0, "i", "f", c) for c in ('{"a":"\\u00fc', '"}', '{"a":"ü"}')], [("i", "f", '{"a":"ü"}')]),
@@ -1098,18 +1113,35 @@ def test_row_cut_anywhere(row, body, events):
         assert decode(blocks) == (events, None), blocks
 
 
-def test_events_without_blank_lines_come_with_their_lines():
-    """GLM, Kimi and AgentRouter leave them out; only the first event waits for the second."""
-    got, counts = [], []
+@pytest.mark.parametrize(
+    "lines, counts",
+    [
+        (["a", "b", "c", "d"], [0, 2, 3, 4]),
+        (["a", "b", "null", "c", "", ": wait", "d"], [0, 2, 2, 3, 3, 3, 4]),
+        (["", "null", "a", "b", "c"], [0, 0, 1, 2, 3]),
+    ],
+)
+def test_events_without_blank_lines_come_with_their_lines(lines, counts):
+    """GLM, Kimi and AgentRouter leave them out; only the first event waits for a second."""
+    got, counted = [], []
 
     def blocks():
-        for text in "abcd":
-            yield sse(C(text), end="\n")
-            counts.append(len(got))
+        for line in lines:
+            yield sse(C(line) if line.isalpha() and line != "null" else line, end="\n")
+            counted.append(len(got))
 
     for event in cs.decode(blocks()):
         got.append(event)
-    assert counts == [0, 2, 3, 4]
+    assert counted == counts
+    assert got[-1].skipped == 0
+
+
+def test_without_blank_lines_a_name_is_that_of_one_event():
+    body = sse(C("a"), C("b"), end="\n") + b"event: ping\ndata: {}\n"
+    error = body + sse({"code": 500, "message": "boom"}, end="\n")
+    got, failure = decode([error])
+    assert (got, type(failure)) == ([A, B], cs.ServerError)
+    assert decode([body + sse("oops", STOP, end="\n")])[0][-1].skipped == 1
 
 
 #: What the transports have to carry: all else about bytes goes through decode().
@@ -1322,6 +1354,13 @@ def test_e3_not_an_event_stream(transport, body):
         ({"error": "Bad Request", "message": ["no such model"]}, "x/y", "Bad Request: no such model"),
         ({"error": "not_found", "detail": "no such model"}, "x/y", "not_found: no such model"),
         ({"error": '{"message":"no such model"}', "detail": "x"}, "x/y", "no such model"),
+        ({"error": "gone", "message": '{"detail":"no such model"}'}, "x/y", "gone: no such model"),
+        ({"error": "gone", "message": "gone", "detail": {"msg": "no such model"}}, "x/y", "gone: no such model"),
+        ({"error": "Not Found", "message": "Not Found"}, "x/y", "Not Found"),
+        ({"message": "no such model", "Message": None}, "x/y", "no such model"),
+        (b'{"message":"no such\\user","detail":"no such model",', "x/y", "no such model"),
+        (b'{"message":"","detail":"no such model",', "x/y", "no such model"),
+        (b'{"message":5,', "x/y", '{"message":5,'),
         ({"error": "not_found"}, "x/y", "not_found"),
         ({"title": "Errors occurred.", "errors": {"model": ["no such model"]}}, "x/y", "no such model"),
         ({"Error": {"Message": "no such model"}}, "x/y", "no such model"),
@@ -1660,7 +1699,10 @@ def http_date(seconds):
         (["Retry-After: Mon, 99 Foo 2026"], 0.2),
         (["Retry-After: 120"], 120.0),
         (["Retry-After: 120 "], 120.0),
-        (["Retry-After: 5", "Retry-After: 6"], 5.0),
+        (["Retry-After: 5 ", "Retry-After: 6"], 5.0),
+        (["Retry-After: 5."], 5.0),
+        (["Retry-After: .5"], 0.5),
+        (["Retry-After: " + "0" * 60_000 + "x"], 0.2),
         (["Retry-After: 1_0"], 0.2),
         (["Retry-After: 5s"], 0.2),
     ],
@@ -5165,6 +5207,27 @@ def test_a_reply_that_is_tls_asks_for_https(transport):
         text = str(collect(ask(server))[1])
     assert "got '\\x15\\x03\\x03" in text
     assert text.endswith("is it https://?")
+
+
+def test_of_an_odd_reply_no_half_secret_is_quoted(transport):
+    with Server([b"y" * 186 + b" " + KEY.encode() + b"\r\n\r\n", CLOSE]) as server:
+        text = str(collect(ask(server, api_key=KEY))[1])
+    assert KEY[:6] not in text
+    assert "yyy" in text
+
+
+def test_errors_inside_errors_cost_no_more_than_their_size():
+    value = ["a"] * 1000
+    for _ in range(8):
+        value = {"errors": value}
+    parts = list(cs._error_parts({"error": value}))
+    assert len(parts) < 2000
+
+
+def test_a_status_of_another_type_is_none():
+    deep = "[" * 900 + "]" * 900
+    got, failure = decode([sse(C("a"), f'{{"message": "x", "status": {deep}}}', STOP)])
+    assert (got, failure) == ([A, END], None)
 
 
 def test_a_closed_connection_is_no_odd_reply(transport):

@@ -537,8 +537,9 @@ class Contender:
 
     def ask(self, requests, timeout=None):
         """-> the report; None if it takes longer than `timeout` seconds."""
-        self.process.stdin.write(b"%d\n" % requests)
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it ended: that is said below
+            self.process.stdin.write(b"%d\n" % requests)
+            self.process.stdin.flush()
         if not select.select([self.process.stdout], [], [], timeout)[0]:
             return None
         line = self.process.stdout.readline()
