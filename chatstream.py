@@ -1348,7 +1348,11 @@ def _replace_surrogates(text: str) -> str:
     """Make valid Unicode of it: pairs are joined, and a lone half becomes U+FFFD."""
     if text.isascii():
         return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return _to_utf16(text).decode("utf-16-le", "replace")
+
+
+def _to_utf16(text: str) -> bytes:
+    return text.encode("utf-16-le", "surrogatepass")
 
 
 def _has_surrogate(text: str) -> bool:
@@ -2417,7 +2421,7 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
     clock.check()
     if isinstance(cause, socket.timeout) and upload.sent:
         raise clock.silence_error() from cause
-    problem, again = _describe_failure(cause, upload)
+    problem, again = _describe_failure(cause, upload, request.secrets.hide)
     error_text = f"{request.url.shown}{via}: {problem}"
     raise _Failed(TransportError(error_text), again=again) from cause
 
@@ -2440,7 +2444,9 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _describe_failure(cause: BaseException, upload: _Upload) -> tuple[str, bool]:
+def _describe_failure(
+    cause: BaseException, upload: _Upload, hide: Callable[[str], str] = str
+) -> tuple[str, bool]:
     """-> what went wrong before the headers were there, and whether that may heal."""
     import http.client
 
@@ -2462,7 +2468,7 @@ def _describe_failure(cause: BaseException, upload: _Upload) -> tuple[str, bool]
         return text, False
     if type(cause) is http.client.BadStatusLine:
         hint = "; does it speak TLS: is it https://?" if text[0] == "\x15" else ""
-        shown = _one_line(text.encode("unicode_escape").decode(), _MAX_QUOTE)
+        shown = _one_line(hide(text).encode("unicode_escape").decode(), _MAX_QUOTE)
         return f"expected a reply in HTTP/1.1, got '{shown}'{hint}", True
     if isinstance(cause, http.client.UnknownProtocol):
         return f"expected a reply in HTTP/1.1, got one in {str(cause)!r}", True
@@ -2713,7 +2719,8 @@ def _find_proxy(url: _URL) -> Optional[_Proxy]:
     secrets: tuple[str, ...] = ()
     if parts.username is not None:
         user, password = unquote(parts.username), unquote(parts.password or "")
-        token = b64encode(f"{user}:{password}".encode()).decode()
+        pair = f"{user}:{password}".encode("utf-8", "surrogateescape")
+        token = b64encode(pair).decode()
         headers = (("Proxy-Authorization", f"Basic {token}"),)
         secrets = (token, password)
     port = port or _DEFAULT_PORTS[parts.scheme]
@@ -2997,7 +3004,7 @@ def _server_error(
         raw = text
     facts = _ErrorFacts(raw if part is None else part, hide)
     message = facts.message or _one_line(_without_page(text), _MAX_SENTENCE)
-    code = _one_line(str(facts.code), 40)
+    code = _one_line(hide(str(facts.code)), 40)
     shown = f" (code {code})" if facts.code is not None else ""
     return ServerError(
         f"the server reported an error inside its answer: {message}{shown}",
@@ -3027,8 +3034,9 @@ class _ErrorFacts:
         # OpenRouter's own sentence says only that the provider has sent an error.
         raw = _first_dict(error.get("metadata")).get("raw")
         reason = _one_line(hide(_find_sentence(_error_parts(raw))), _MAX_SENTENCE)
-        if reason and reason not in self.message:
-            self.message = _one_line(f"{self.message}: {reason}", _MAX_SENTENCE)
+        if reason[:1] not in ("", "{", "[") and reason not in self.message:
+            both = f"{self.message}: {reason}" if self.message else reason
+            self.message = _one_line(both, _MAX_SENTENCE)
 
 
 def _first_dict(value: Any) -> dict[str, Any]:
@@ -3109,13 +3117,17 @@ def _parse_error_body(body: str) -> Any:
     if text.lstrip()[:1] in ("{", "["):
         literal = r'"(?:message|msg|detail)"\s*:\s*("(?:[^"\\]|\\.)*")'
         sentences = (_parse_json(found[1]) for found in re.finditer(literal, text))
-        return next((sentence for sentence in sentences if sentence), text)
+        return next((s for s in sentences if s and s.strip()), text)
     return _title(text) if text.lstrip()[:1] == "<" else text
+
+
+#: Where a page of HTML begins in a text. An <html> in a sentence is none.
+_PAGE = r"<!doctype\s+html|<html[^>]*>\s*<|\A\s*<(?:html|head|body|\?xml)\b"
 
 
 def _without_page(text: str) -> str:
     """Of a page of HTML in a text only the title."""
-    page = re.search("<!doctype|<html", text, re.IGNORECASE)
+    page = re.search(_PAGE, text, re.IGNORECASE)
     return text[: page.start()] + _title(text[page.start() :]) if page else text
 
 
@@ -3220,6 +3232,7 @@ class _SSE:
             if not line:
                 yield from self.flush()
                 self._kind = _DATA
+                self._is_dense = False
             elif line.startswith(b"data:"):
                 yield from self._read_data(line)
             else:
@@ -3253,16 +3266,16 @@ class _SSE:
         value = line[start:]
         is_done = value.strip() in _DONE_TEXTS
         is_next = self._begins_next(value)
-        self._is_dense = self._is_dense or is_next
+        was_dense, self._is_dense = self._is_dense, self._is_dense or is_next
         if self._bare or is_done or is_next:
             yield from self.flush()
         if is_done:
             yield _DONE, b""
             return
         self._add(self._data, value)
-        if self._is_dense and not self._is_open():
+        if self._is_dense and not self._is_open() and self._brackets.opened:
             yield from self.flush()
-            self._kind = _DATA
+            self._kind = _DATA if was_dense else self._kind
 
     def _begins_next(self, value: bytes) -> bool:
         """Whether a line of data begins another event, though no blank line came.
@@ -3270,9 +3283,15 @@ class _SSE:
         GLM, Kimi and AgentRouter leave those out, and all they send would be one event
         that ends with the answer. Joined or not, such lines say the same.
         """
-        if not self._data or self._kind is _ERROR:
+        if (
+            not self._data
+            or self._kind is _ERROR
+            or value.lstrip()[:1] not in (b"{", b"[")
+        ):
             return False
-        return value.lstrip()[:1] in (b"{", b"[") and not self._is_open()
+        if self._is_open():  # unless what is open was cut, and never goes on
+            return self._is_dense and value.startswith(b"{") and b'"choices"' in value
+        return True
 
     def _is_open(self) -> bool:
         """Whether JSON that began in the lines of data is to go on."""
@@ -3383,18 +3402,22 @@ def _parse_values(text: str) -> Optional[list[Any]]:
 
 def _split_glued(line: str) -> list[str]:
     """The parts of a line in which the next events stand without a line end before them,
-    often behind one that was cut (GLM). One part if none of the others can be read."""
+    often behind one that was cut (GLM). One part if the line is JSON as it is, or if no
+    part of it is a chunk."""
     first, *others = re.split(r"data:(?=\s*[{\[])", line)
     if (
-        len(others) > _MAX_OBJECTS
-        or not others
+        not others
+        or len(others) > _MAX_OBJECTS
         or first.lstrip()[:6].lower() == "error:"
     ):
         return [line]
-    readable = others[:-1] if others[-1].strip() == "[DONE]" else others
-    if any(map(_parse_values, readable or [first])):
-        return [first, *others]
-    return [line]
+    texts = others[:-1] if others[-1].strip() == "[DONE]" else others
+    has_chunk = any(
+        isinstance(value, dict) and value.keys() & {"choices", "usage", "error"}
+        for text in texts or [first]
+        for value in _parse_values(text) or ()
+    )
+    return [first, *others] if has_chunk and _parse_values(line) is None else [line]
 
 
 def _parse_json(text: str) -> Any:
@@ -3586,7 +3609,8 @@ class _Answer:
             yield from self._read_lines(kind, text, is_cut)
         if kind is _ERROR:
             yield from self._give(self._take_halves())
-            raise _server_error(text.strip(), self._hide)
+            last = values[-1] if values else None
+            raise _server_error(text.strip(), self._hide, last)
 
     def _read_lines(self, kind: str, text: str, is_cut: bool) -> Iterator[Event]:
         """Text that is not JSON as a whole: some of its lines may be, or parts of them."""
@@ -3836,22 +3860,26 @@ class _Told:
     """What messages have said of a choice, where no delta has.
 
     Gateways without deltas send in each chunk a message with the text so far.
+    index: the server's, of the choice that they belong to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, index: Any = 0) -> None:
+        self.index = index
         self._texts: dict[str, tuple[str, str]] = {}  # kind -> member, its text so far
 
     @property
     def kinds(self) -> frozenset[str]:
         return frozenset(self._texts)
 
-    def kinds_in(self, message: Any) -> frozenset[str]:
-        """Those of which this message, too, tells the text so far."""
+    def kinds_again(self, delta: dict[str, Any], message: Any) -> frozenset[str]:
+        """The kinds of which the delta says only what the message beside it says."""
         if not self._texts or not isinstance(message, dict):
             return frozenset()
-        texts = self._texts.items()
         return frozenset(
-            k for k, (name, _) in texts if isinstance(message.get(name), str)
+            kind
+            for kind, (name, _) in self._texts.items()
+            if self._more_of(kind, message)
+            or (self._more_of(kind, message) == "" and delta.get(name) == message[name])
         )
 
     def take_rest(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -3861,17 +3889,27 @@ class _Told:
             for name, value in message.items()
             if _kind_of_member(name) not in self._texts
         }
-        for kind, (name, text) in self._texts.items():
-            now = message.get(name)
-            if not isinstance(now, str):
-                continue
-            if not now.startswith(text):  # its end may have been half of a character
-                text = text.rstrip("\ufffd")
-                text = text[:-1] if "\ud800" <= text[-1:] <= "\udbff" else text
-            if now.startswith(text):
-                rest[name] = now[len(text) :]
-                self._texts[kind] = name, now
+        for kind, (name, _) in self._texts.items():
+            more = self._more_of(kind, message)
+            if more:
+                rest[name] = more
+                self._texts[kind] = name, message[name]
         return rest
+
+    def _more_of(self, kind: str, message: dict[str, Any]) -> Optional[str]:
+        """What its text goes on with; None if it does not begin with the text so far."""
+        name, text = self._texts[kind]
+        now = message.get(name)
+        if not isinstance(now, str):
+            return None
+        # By halves of surrogate pairs, between which a text may have been cut; or it was
+        # cut inside of UTF-8, and then a U+FFFD stands at its end.
+        units, start = _to_utf16(now), _to_utf16(text)
+        if not units.startswith(start):
+            start = _to_utf16(text.rstrip("\ufffd"))
+        if not units.startswith(start):
+            return None
+        return units[len(start) :].decode("utf-16-le", "surrogatepass")
 
     def add(self, message: dict[str, Any], known: frozenset[str]) -> None:
         """Note its texts, but for those of known kinds."""
@@ -3910,11 +3948,15 @@ class _Choice:
         if isinstance(delta, str):
             delta = {"content": delta}
         if isinstance(delta, dict):
-            events += self._read_members(delta, self._told.kinds_in(message))
+            again = self._told.kinds_again(delta, message)
+            events += self._read_members(delta, again)
             for event in events:
                 self._told.forget(_KIND_OF[type(event)])
         if isinstance(message, dict):
             # The whole text once more (Perplexity, MiniMax), or what no delta has said.
+            index = data.get("index") or 0
+            if index != self._told.index:  # one of several choices that count as one
+                self._told = _Told(index)
             known = frozenset(self._streamed - self._told.kinds)
             events += self._read_members(self._told.take_rest(message), known)
             self._told.add(message, known)
@@ -3990,9 +4032,9 @@ class _Choice:
             and value
             and isinstance(value, (str, list, dict))
         }
-        for name in _REASONING_MEMBERS:
-            if type(source.get(name)) in (int, float):
-                extra[name] = _find_texts(source[name])
+        number = source.get("reasoning_content")
+        if type(number) in (int, float):
+            extra["reasoning_content"] = _find_texts(number)
         if extra:
             self._grow(_REASONING)
             found = (_find_texts(extra.get(name)) for name in _REASONING_MEMBERS)
@@ -4063,7 +4105,9 @@ class _Call:
             self._type = "custom"
         is_more = self._is_blank and part.arguments != "{}"
         is_again = part.is_object and self.has_arguments and not is_more
-        arguments = "" if is_again else self._text.join(part.arguments)
+        is_nothing = part.is_number and not self.has_arguments
+        no_arguments = is_again or is_nothing
+        arguments = "" if no_arguments else self._text.join(part.arguments)
         if arguments:
             self._add(arguments)
         if not (is_named or arguments or part.extra):
@@ -4124,12 +4168,16 @@ class _CallPart:
         self.index: Optional[int] = index if type(index) is int else None
         self.id = _word(data.get("id"))
         self.name = _word(source.get("name"))
-        arguments = source.get("input" if self.is_custom else "arguments")
+        has_input = self.is_custom or (is_flat and "arguments" not in data)
+        arguments = source.get("input" if has_input else "arguments")
+        self.is_number = isinstance(
+            arguments, (int, float)
+        )  # a token, or nothing at all
         self.is_object = isinstance(arguments, (dict, list))  # Writer, early llama.cpp
         self.arguments = _dump(arguments) if self.is_object else _find_texts(arguments)
         known = ["index", "id", "type", "function", "custom" if self.is_custom else ""]
         if is_flat:  # without the object around them (gateways)
-            known += ["name", "arguments"]
+            known += ["name", "arguments", "input"]
         self.extra = {
             name: value
             for name, value in data.items()
@@ -4190,6 +4238,9 @@ class _Calls:
                 raise StreamError(f"expected at most {_MAX_CALLS} tool calls, got more")
             call = _Call(len(self._calls), self._choice)
             self._calls.append(call)
+            known = self._by_id.get(part.id)
+            if part.id and (known is None or known.is_whole):
+                self._by_id[part.id] = call  # which is the one that may go on
         if part.index is not None:
             if len(self._by_index) >= _MAX_CALLS and part.index not in self._by_index:
                 del self._by_index[next(iter(self._by_index))]  # the oldest

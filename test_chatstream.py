@@ -7,6 +7,7 @@ ever replaced, and no test depends on how fast the machine is.
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import copy
 import dataclasses
@@ -709,7 +710,7 @@ ROWS = [
     ("B17 of the text so far, at last beside the same delta", sse(whole({"content": "a"}, None), whole({"content": "ab"}, None), {"choices": [
         {"delta": {"content": "ab"}, "message": {"content": "ab"}}]}, STOP, DONE), [A, B, END]),
     ("B17 of the text so far, a delta beside it, three alike but for that", sse(whole({"content": "a"}, None), *[{"choices": [
-        {"delta": {"content": t}, "message": {"content": "ab"}}]} for t in ("b", "x", "y")], STOP, DONE), [A, B, END]),
+        {"delta": {"content": t}, "message": {"content": "ab"}}]} for t in ("b", "x", "y")], whole({"content": "abxyz"}), DONE), [A, B, TextDelta("x"), TextDelta("y"), END]),
     ("B17 of the reasoning so far", sse(*[whole({"reasoning_content": t}, None) for t in ("a", "ab")], STOP, DONE), [R("a"), R("b"), END]),
     ("B17 of the text so far, then none", sse(whole({"content": "No"}, None), *[whole({"content": t}, None) for t in (None, ["None"], 1)], whole({}), DONE), [TextDelta("No"), END]),
     ("B17 of the text so far, its reasoning in two members", sse(*[whole({"reasoning": "r", "reasoning_details": [{"text": "r"}], "content": t}, None) for t in ("a", "ab")], STOP, DONE),
@@ -717,7 +718,11 @@ ROWS = [
     ("B17 of the text so far, one kind in deltas", sse(whole({"reasoning": "r"}, None), {"choices": [{"delta": {"content": "a"}, "message": {"reasoning": "rs"}}]}, whole({"reasoning": "rst", "content": "a"}), DONE),
      [R("r", reasoning="r"), A, R("s", reasoning="s"), R("t", reasoning="t"), END]),
     ("B17 of the text so far, cut in a character", sse(*[whole({"content": t}, None) for t in ("a\ufffd", "ab", "abc")], STOP, DONE), [TextDelta("a\ufffd"), B, TextDelta("c"), END]),
-    ("B17 of the text so far, cut in a pair", sse(*[whole({"content": t}, None) for t in ("a\ud83d", "a\ud83d\ude00", "a\ud83d\ude00b")], STOP, DONE), [A, TextDelta("\ufffd😀"), B, END]),
+    ("B17 of the text so far, cut in a pair", sse(*[whole({"content": t}, None) for t in ("a\ud83d", "a\ud83d\ude00", "a\ud83d\ude00b")], STOP, DONE), [A, TextDelta("😀"), B, END]),
+    ("B17 messages that repeat their deltas", sse(C(delta={"role": "assistant"}), *[{"choices": [{"delta": {"content": t}, "message": {"content": t}}]} for t in "ab"], STOP, DONE), [A, B, END]),
+    ("B17 deltas and messages alike, the first only in a message", sse(whole({"content": "a"}, None), {"choices": [{"delta": {"content": "b"}, "message": {"content": "b"}}]}, STOP, DONE), [A, B, END]),
+    ("B17 of the text so far, of two choices", sse(*[{"choices": [{"index": i, "message": {"content": t + u}} for i, t in ((0, "x"), (1, "y"))]} for u in ("", "z")], STOP, DONE),
+     [TextDelta("x"), TextDelta("y", 1), TextDelta("z"), TextDelta("z", 1), END]),
     ("B17 another text is no text so far", sse(whole({"content": "ab"}, None), whole({"content": "b"}), DONE), [TextDelta("ab"), END]),
     ("B17 a delta between", sse(whole({"content": "a"}, None), C("b"), whole({"content": "ab"}), DONE), [A, B, END]),
     ("B18 roles", sse(C(delta={"role": "assistant", "content": "a"}), C(delta={"role": None, "content": "b"}),
@@ -728,6 +733,10 @@ ROWS = [
     ("B19 glued, cut, glued", sse('{"chdata:' + json.dumps(C("a")) + 'data: {"chodata: ' + json.dumps(C("b")), STOP),
      [A, B, completed(skipped=2)]),
     ("B19 cut in a text that speaks of data:", sse(C("a"), '{"text":"data: {\\"a\\"', C("b"), STOP), [A, B, completed(skipped=1)]),
+    ("B19 JSON that speaks of data:, before a bad line", b"data: " + json.dumps(C("say data: [1] data: {}")).encode() + b"\ndata: oops\n\n" + sse(STOP), [TextDelta("say data: [1] data: {}"), completed(skipped=1)]),
+    ("B19 prose that speaks of data:", sse(C("a"), "got data: {} and data: [1]", C("b"), STOP), [A, B, completed(skipped=1)]),
+    ("A6 no blank lines, one cut", sse('{"choices":[{"del', C("a"), C("b"), STOP, end="\n"), [A, B, completed(skipped=1)]),
+    ("A6 several lines of JSON once, then an event of several", sse(C("a"), C("b"), end="\n") + b"\nevent: ping\ndata: x\ndata: {}\ndata: y\n\n" + sse(STOP), [A, B, END]),
     ("B19 prose that speaks of [DONE]", sse(C("a"), "waiting for data: [DONE]", C("b"), STOP), [A, B, completed(skipped=1)]),
     ("B19 prose in a named event", sse(C("a")) + b"event: log\ndata: got data: {}\n\n" + sse(C("b"), STOP), [A, B, END]),
     ("B19 glued [DONE], and more", sse(C("a"), json.dumps(STOP) + "data: [DONE]", C("b")), [A, END]),
@@ -876,7 +885,7 @@ ROWS = [
         C(delta={"refusal": 5, "reasoning": 5, "reasoning_details": "", "function_call": "x"}),
         {"id": 5, "model": {}, "usage": "x"}, C(usage=[1], finish=5), {"usage": {"prompt_tokens": "x"}},
         C(x_groq=5), {"choices": [{"index": True, "delta": {"content": "a"}}]}, DONE),
-     [TextDelta("5"), TextDelta("5"), TextDelta("5"), R("5", reasoning="5"), A, Completed("c1", "m1", usage=Usage())]),
+     [TextDelta("5"), TextDelta("5"), TextDelta("5"), A, Completed("c1", "m1", usage=Usage())]),
     ("B21 a half in another choice", sse(C("\ud83d", index=1), DONE), [TextDelta("\ufffd", 1), Completed("c1", "m1")]),
     ("C a half at the end", sse(tool(0, "i", "f", "\ud83d"), DONE), [ToolCallDelta(0, "i", "f"), ToolCallDelta(0, "i", "f", "\ufffd"), Completed("c1", "m1")]),
     ("B17 a summary of all kinds", sse(C(delta={"reasoning_content": "r", "refusal": "n", "content": "a"}), tool(0, "i", "f", "{}"), whole({"content": "a", "reasoning_content": "r", "refusal": "n", "tool_calls": [{"id": "i", "function": {"name": "f", "arguments": "{}"}}]}), DONE), [R("r"), A, RefusalDelta("n"), ToolCallDelta(0, "i", "f", "{}"), END]),
@@ -1056,6 +1065,9 @@ CALL_ROWS = [
     ("C17 again, and on from there", [tool(0, "i", "f", c) for c in ('{"a":1}', '{"a":1', ',"b":2', "}")], [("i", "f", '{"a":1,"b":2}')]),
     ("C17 an object inside, cut", [tool(0, "i", "f", c) for c in ('{"a":', '{"b":1}')], [("i", "f", '{"a":{"b":1}')]),
     ("C17 another object behind a cut one", [tool(0, "i", "f", c) for c in ('{"a":1', '{"b":2}')], [("i", "f", '{"a":1{"b":2}')]),
+    ("C11 one id, another name, no index", [tool(None, "i", "f", '{"a":1}'), tool(None, "i", "g", '{"a"'), tool(None, "i", "g", ":1"), tool(None, "i", None, "}")], [("i", "f", '{"a":1}'), (None, "g", '{"a":1}')]),
+    ("C10 a number first is none", [tool(0, "i", "f", a) for a in (0, False, '{"a":1}')], [("i", "f", '{"a":1}')]),
+    ("C without function around it, with input", [C(delta={"tool_calls": [{"index": 0, "id": "i", "name": "f", "input": {"a": 1}}]})], [("i", "f", '{"a": 1}')]),
     ("C11 one id, another name", [tool(0, "i", "f", '{"a":1}'), tool(0, "i", "g", '{"a":1}')], [("i", "f", '{"a":1}'), (None, "g", '{"a":1}')]),
     ("C6 one id, another name before the end", [tool(0, "i", "f", '{"a"'), tool(0, "i", "g", ":1}")], [("i", "f", '{"a":1}')]),
     ("C17 cut arguments stay", [tool(0, "i", "f", c) for c in ('{"a"', ":[")], [("i", "f", '{"a":[')]),
@@ -1134,6 +1146,22 @@ def test_events_without_blank_lines_come_with_their_lines(lines, counts):
         got.append(event)
     assert counted == counts
     assert got[-1].skipped == 0
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b'data:\ndata: {"message":"boom"}', "boom"),
+        (b"data: out of\ndata: memory", "out of memory"),
+        (b'data: "x"\ndata: {"message":"boom"}', "boom"),
+    ],
+)
+def test_an_error_of_several_lines_behind_events_without_blank_lines(data, message):
+    body = sse(C("a"), C("b"), end="\n") + b"\nevent: error\n" + data + b"\n\n"
+    for blocks in cuts(body):
+        got, failure = decode(blocks)
+        assert (got, type(failure)) == ([A, B], cs.ServerError)
+        assert failure.message == message
 
 
 def test_without_blank_lines_a_name_is_that_of_one_event():
@@ -1349,8 +1377,12 @@ def test_e3_not_an_event_stream(transport, body):
         (b"<html>1.2.3.4</html>", "text/html", ""),
         (b"<?xml version='1.0'?><Error><Code>A</Code><Message>no such model</Message></Error>", "x/y", "no such model"),
         ({"error": {"message": "<!DOCTYPE html><title>no such model</title>1.2.3.4"}}, "x/y", "no such model"),
-        ({"errors": [{"detail": "Error - <HTML>1.2.3.4<title>no such model</title>"}]}, "x/y", "Error - no such model"),
+        ({"errors": [{"detail": "Error - <HTML>\n<body>1.2.3.4<title>no such model</title>"}]}, "x/y", "Error - no such model"),
         ({"error": "<|end|> is no such model"}, "x/y", "<|end|> is no such model"),
+        ({"error": "an <html> is no such model"}, "x/y", "an <html> is no such model"),
+        ({"error": "<body>1.2.3.4"}, "x/y", ""),
+        ({"error": {"code": 1, "metadata": {"raw": "<head><title>no such model</title></head>1.2.3.4"}}}, "x/y", "no such model"),
+        ({"error": {"message": "no such model", "metadata": {"raw": '{"code":1}'}}}, "x/y", "no such model"),
         ({"error": "Bad Request", "message": ["no such model"]}, "x/y", "Bad Request: no such model"),
         ({"error": "not_found", "detail": "no such model"}, "x/y", "not_found: no such model"),
         ({"error": '{"message":"no such model"}', "detail": "x"}, "x/y", "no such model"),
@@ -1359,7 +1391,7 @@ def test_e3_not_an_event_stream(transport, body):
         ({"error": "Not Found", "message": "Not Found"}, "x/y", "Not Found"),
         ({"message": "no such model", "Message": None}, "x/y", "no such model"),
         (b'{"message":"no such\\user","detail":"no such model",', "x/y", "no such model"),
-        (b'{"message":"","detail":"no such model",', "x/y", "no such model"),
+        (b'{"message":" ","detail":"no such model",', "x/y", "no such model"),
         (b'{"message":5,', "x/y", '{"message":5,'),
         ({"error": "not_found"}, "x/y", "not_found"),
         ({"title": "Errors occurred.", "errors": {"model": ["no such model"]}}, "x/y", "no such model"),
@@ -5209,11 +5241,24 @@ def test_a_reply_that_is_tls_asks_for_https(transport):
     assert text.endswith("is it https://?")
 
 
-def test_of_an_odd_reply_no_half_secret_is_quoted(transport):
-    with Server([b"y" * 186 + b" " + KEY.encode() + b"\r\n\r\n", CLOSE]) as server:
-        text = str(collect(ask(server, api_key=KEY))[1])
-    assert KEY[:6] not in text
-    assert "yyy" in text
+@pytest.mark.parametrize("key", [KEY, "id:abcd!efgh!ijkl!mnop!qrst"])
+def test_of_an_odd_reply_no_half_secret_is_quoted(transport, key):
+    odd = [b"y" * 180 + b" " + key.encode() + b"\r\n\r\n", CLOSE]
+    error = {"error": {"message": "m", "code": "x" * 25 + " " + key}}
+    with Server(odd, [reply(sse(error))]) as server:
+        for text in ("yyy", "(code xxx"):
+            shown = str(collect(ask(server, api_key=key))[1])
+            assert text in shown
+            assert key[:6] not in shown
+
+
+def test_a_proxys_user_in_another_encoding(transport, monkeypatch):
+    user = os.fsdecode(b"us\xe9r")
+    with Server([reply(PLAIN)]) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://{user}:hidden@127.0.0.1:{proxy.port}")
+        list(ask("http://upstream.test/v1"))
+    given = proxy.requests[0].header("Proxy-Authorization").partition(" ")[2]
+    assert base64.b64decode(given) == b"us\xe9r:hidden"
 
 
 def test_errors_inside_errors_cost_no_more_than_their_size():
