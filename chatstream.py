@@ -2572,7 +2572,7 @@ def _shared_pool(
     connections, which are here only to tell pools apart. A PoolManager would look for the
     pool anew in each call."""
     options: dict[str, Any] = {
-        "maxsize": _POOL_SIZE,
+        "maxsize": 1,
         "socket_options": [
             *urllib3.connection.HTTPConnection.default_socket_options,
             *_keepalive_options(),
@@ -2595,6 +2595,7 @@ def _shared_pool(
         manager = urllib3.ProxyManager(proxy.url, proxy_headers=headers, **options)
         pool = manager.connection_from_url(origin)
     pool.ConnectionCls = _watched(pool.ConnectionCls)
+    pool.pool.maxsize = _POOL_SIZE  # asked for above, as many None would be put in it
     return pool
 
 
@@ -3122,7 +3123,7 @@ def _parse_error_body(body: str) -> Any:
 
 
 #: Where a page of HTML begins in a text. An <html> in a sentence is none.
-_PAGE = r"<!doctype\s+html|<html[^>]*>\s*<|\A\s*<(?:html|head|body|\?xml)\b"
+_PAGE = r"<!doctype\s+html|<html[^<>]*>\s*<|\A\s*<(?:html|head|body|\?xml)\b"
 
 
 def _without_page(text: str) -> str:
@@ -3875,12 +3876,12 @@ class _Told:
         """The kinds of which the delta says only what the message beside it says."""
         if not self._texts or not isinstance(message, dict):
             return frozenset()
-        return frozenset(
-            kind
-            for kind, (name, _) in self._texts.items()
-            if self._more_of(kind, message)
-            or (self._more_of(kind, message) == "" and delta.get(name) == message[name])
-        )
+        again = set()
+        for kind, (name, _) in self._texts.items():
+            more = self._more_of(kind, message)
+            if more or (more == "" and delta.get(name) == message[name]):
+                again.add(kind)
+        return frozenset(again)
 
     def take_rest(self, message: dict[str, Any]) -> dict[str, Any]:
         """-> the message without what is told already."""
@@ -4066,7 +4067,7 @@ def _read_part(part: Any) -> tuple[str, str]:
 def _find_texts(value: Any, depth: int = 0) -> str:
     """The text in a str, in a part ({"text": ...}), or in a list of them.
 
-    A number, true or false is the token that the server made it of (Cloudflare).
+    Cloudflare's Workers AI makes JSON of tokens: a number, true or false is text, too.
     """
     if isinstance(value, str):
         return value
