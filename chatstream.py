@@ -75,7 +75,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 # http.client, signal, ssl, urllib and urllib3 are imported where they are first needed:
 # together they would be most of the time that `import chatstream` takes.
@@ -2475,8 +2475,9 @@ def _describe_failure(
     return text, True
 
 
-#: A response, and what to call with whether its connection can be used again.
-_Opened = tuple[Any, Callable[[bool], None]]
+if TYPE_CHECKING:
+    #: A response, and what to call with whether its connection can be used again.
+    _Opened = tuple[Any, Callable[[bool], None]]
 
 
 def _open_pooled(
@@ -2494,7 +2495,8 @@ def _open_pooled(
             urllib3.HTTPConnectionPool.ConnectionCls,
             urllib3.HTTPSConnectionPool.ConnectionCls,
         )
-        pool = _shared_pool(urllib3, request.url.origin, proxy, tls, kinds)
+        via = (proxy.url, proxy.headers) if proxy else None
+        pool = _shared_pool(urllib3, request.url.origin, via, tls, kinds)
         if proxy is None or request.url.scheme == "https":
             url = request.url.target
     try:
@@ -2564,13 +2566,16 @@ def _count_connections(pool: Any, origin: str) -> Optional[int]:
 def _shared_pool(
     urllib3: Any,
     origin: str,
-    proxy: Optional[_Proxy],
+    via: Optional[tuple[str, tuple[tuple[str, str], ...]]],
     tls: Optional[_TLS],
     kinds: tuple[Any, Any],
 ) -> Any:
     """One pool for all calls to a server with the same proxy, certificates and kinds of
     connections, which are here only to tell pools apart. A PoolManager would look for the
-    pool anew in each call."""
+    pool anew in each call.
+
+    via: the URL of the proxy, and the headers for it.
+    """
     options: dict[str, Any] = {
         "maxsize": 1,
         "socket_options": [
@@ -2582,17 +2587,17 @@ def _shared_pool(
         context, ca_file = _tls_context(tls)
         if not urllib3.__version__.startswith("1."):
             options["ssl_context"] = context
-            if proxy is not None and proxy.scheme == "https":
+            if via is not None and via[0].startswith("https:"):
                 options["proxy_ssl_context"] = context
         elif ca_file:
             # 1.26 gives a context no host name to check where that is an IP address.
             # Left without one, it makes the same checks itself.
             options["ca_certs"] = ca_file
-    if proxy is None:
+    if via is None:
         pool = urllib3.connection_from_url(origin, **options)
     else:
-        headers = dict(proxy.headers)
-        manager = urllib3.ProxyManager(proxy.url, proxy_headers=headers, **options)
+        url, headers = via
+        manager = urllib3.ProxyManager(url, proxy_headers=dict(headers), **options)
         pool = manager.connection_from_url(origin)
     pool.ConnectionCls = _watched(pool.ConnectionCls)
     pool.pool.maxsize = _POOL_SIZE  # asked for above, as many None would be put in it
@@ -2664,14 +2669,25 @@ def _open_plain(
 # --------------------------------------------------------------------------------------
 
 
-class _Proxy(NamedTuple):
-    """A proxy from the environment. Hashable: the shared pools are kept by it."""
+class _Proxy:
+    """A proxy from the environment.
 
-    scheme: str
-    host: str
-    port: int
-    headers: tuple[tuple[str, str], ...]
-    secrets: tuple[str, ...]
+    headers: tuple of pairs, for the proxy alone; secrets: tuple of str, to be hidden.
+    """
+
+    def __init__(
+        self,
+        scheme: str,
+        host: str,
+        port: int,
+        headers: tuple[tuple[str, str], ...],
+        secrets: tuple[str, ...],
+    ) -> None:
+        self.scheme = scheme
+        self.host = host
+        self.port = port
+        self.headers = headers
+        self.secrets = secrets
 
     @property
     def url(self) -> str:
@@ -4286,11 +4302,12 @@ class _Calls:
 # reading would differ from its first. Without all this the answer is the same, and costs
 # four times as much.
 
-#: The line of an SSE event -> our event, if it is like the one learned from; else None.
-_Matcher = Callable[[bytes], Optional[Event]]
+if TYPE_CHECKING:
+    #: The line of an SSE event -> our event, if it is like the one learned from; or None.
+    _Matcher = Callable[[bytes], Optional[Event]]
 
-#: A text -> the event with this text.
-_Maker = Callable[[str], Event]
+    #: A text -> the event with this text.
+    _Maker = Callable[[str], Event]
 
 #: After so many matchers in a row that never matched, no more are learned.
 _PATIENCE = 8
