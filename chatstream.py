@@ -2495,8 +2495,8 @@ def _open_pooled(
             urllib3.HTTPConnectionPool.ConnectionCls,
             urllib3.HTTPSConnectionPool.ConnectionCls,
         )
-        via = (proxy.url, proxy.headers) if proxy else None
-        pool = _shared_pool(urllib3, request.url.origin, via, tls, kinds)
+        route = (proxy.url, proxy.headers) if proxy else None
+        pool = _shared_pool(urllib3, request.url.origin, route, tls, kinds)
         if proxy is None or request.url.scheme == "https":
             url = request.url.target
     try:
@@ -2566,7 +2566,7 @@ def _count_connections(pool: Any, origin: str) -> Optional[int]:
 def _shared_pool(
     urllib3: Any,
     origin: str,
-    via: Optional[tuple[str, tuple[tuple[str, str], ...]]],
+    route: Optional[tuple[str, tuple[tuple[str, str], ...]]],
     tls: Optional[_TLS],
     kinds: tuple[Any, Any],
 ) -> Any:
@@ -2574,7 +2574,7 @@ def _shared_pool(
     connections, which are here only to tell pools apart. A PoolManager would look for the
     pool anew in each call.
 
-    via: the URL of the proxy, and the headers for it.
+    route: the URL of the proxy, and the headers for it; None goes straight there.
     """
     options: dict[str, Any] = {
         "maxsize": 1,
@@ -2587,16 +2587,16 @@ def _shared_pool(
         context, ca_file = _tls_context(tls)
         if not urllib3.__version__.startswith("1."):
             options["ssl_context"] = context
-            if via is not None and via[0].startswith("https:"):
+            if route is not None and route[0].startswith("https:"):
                 options["proxy_ssl_context"] = context
         elif ca_file:
             # 1.26 gives a context no host name to check where that is an IP address.
             # Left without one, it makes the same checks itself.
             options["ca_certs"] = ca_file
-    if via is None:
+    if route is None:
         pool = urllib3.connection_from_url(origin, **options)
     else:
-        url, headers = via
+        url, headers = route
         manager = urllib3.ProxyManager(url, proxy_headers=dict(headers), **options)
         pool = manager.connection_from_url(origin)
     pool.ConnectionCls = _watched(pool.ConnectionCls)
@@ -3300,11 +3300,9 @@ class _SSE:
         GLM, Kimi and AgentRouter leave those out, and all they send would be one event
         that ends with the answer. Joined or not, such lines say the same.
         """
-        if (
-            not self._data
-            or self._kind is _ERROR
-            or value.lstrip()[:1] not in (b"{", b"[")
-        ):
+        if not self._data or self._kind is _ERROR:
+            return False
+        if value.lstrip()[:1] not in (b"{", b"["):
             return False
         if self._is_open():  # unless what is open was cut, and never goes on
             return self._is_dense and value.startswith(b"{") and b'"choices"' in value
@@ -3422,13 +3420,11 @@ def _split_glued(line: str) -> list[str]:
     often behind one that was cut (GLM). One part if the line is JSON as it is, or if no
     part of it is a chunk."""
     first, *others = re.split(r"data:(?=\s*[{\[])", line)
-    if (
-        not others
-        or len(others) > _MAX_OBJECTS
-        or first.lstrip()[:6].lower() == "error:"
-    ):
+    is_sentence = first.lstrip()[:6].lower() == "error:"
+    if not others or is_sentence or len(others) > _MAX_OBJECTS:
         return [line]
-    texts = others[:-1] if others[-1].strip() == "[DONE]" else others
+    ends = others[-1].strip().encode() in _DONE_TEXTS
+    texts = others[:-1] if ends else others
     has_chunk = any(
         isinstance(value, dict) and value.keys() & {"choices", "usage", "error"}
         for text in texts or [first]
@@ -3635,7 +3631,7 @@ class _Answer:
         if kind not in (_NAMED, _ERROR):
             lines = [part for line in lines for part in _split_glued(line)]
         for position, line in enumerate(lines, 1):
-            if line.strip() == "[DONE]":
+            if line.strip().encode() in _DONE_TEXTS:
                 self.done = True
                 return
             values = _parse_values(line)
@@ -4049,7 +4045,9 @@ class _Choice:
             and value
             and isinstance(value, (str, list, dict))
         }
-        number = source.get("reasoning_content")
+        number = source.get(
+            "reasoning_content"
+        )  # elsewhere it may be a count or a flag
         if type(number) in (int, float):
             extra["reasoning_content"] = _find_texts(number)
         if extra:
@@ -4178,18 +4176,16 @@ class _CallPart:
         function, custom = data.get("function"), data.get("custom")
         self.is_custom = bool(custom) and isinstance(custom, dict) and not function
         is_flat = function is None and custom is None
-        source = (
-            data if is_flat else _first_dict(custom if self.is_custom else function)
-        )
+        inner = _first_dict(custom if self.is_custom else function)
+        source = data if is_flat else inner
         index = data.get("index")
         self.index: Optional[int] = index if type(index) is int else None
         self.id = _word(data.get("id"))
         self.name = _word(source.get("name"))
         has_input = self.is_custom or (is_flat and "arguments" not in data)
         arguments = source.get("input" if has_input else "arguments")
-        self.is_number = isinstance(
-            arguments, (int, float)
-        )  # a token, or nothing at all
+        # A token, or, before there are any arguments, nothing.
+        self.is_number = isinstance(arguments, (int, float))
         self.is_object = isinstance(arguments, (dict, list))  # Writer, early llama.cpp
         self.arguments = _dump(arguments) if self.is_object else _find_texts(arguments)
         known = ["index", "id", "type", "function", "custom" if self.is_custom else ""]
@@ -4657,7 +4653,7 @@ def _last_of_equals(text: str) -> str:
     except (ValueError, RecursionError) as error:
         _pass_on(error)
         return ""
-    return last if all(text in ("{}", said[-1]) for text in said) else ""
+    return last if all(value in ("{}", said[-1]) for value in said) else ""
 
 
 def _begun_anew(pieces: list[str]) -> str:

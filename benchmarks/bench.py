@@ -9,6 +9,7 @@ contender runs in a process of its own too. They take turns of a fraction of a s
 random order, so that a slow moment of the machine strikes all of them. The figures are
 medians of the CPU time (user + system) of a turn. Those of two machines, or of two runs,
 do not compare; the ratios within one turn do, and a target is compared with their median.
+(For cold starts it is the ratio of the medians: two of them have no moment in common.)
 A full run takes ten minutes.
 
 Scenarios, all with chunks like OpenAI's:
