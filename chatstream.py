@@ -676,7 +676,7 @@ def stream(
         The caller's own time between two next() does not count. Then IdleTimeoutError.
     deadline: float, seconds for the whole call from the first next(): all tries, waits and
         the caller's own time; None: no bound. Then DeadlineError. Name lookups (DNS) are
-        outside Python's reach, and each address of a name gets the time that was left.
+        outside Python's reach.
     max_retries: int, tries after the first one: on a connection failure (but not on a
         bad certificate or other things that another try cannot heal), on 408, 429 and
         5xx, when the connection breaks before anything was yielded, and when the first
@@ -2306,9 +2306,22 @@ class _DeadConnection(Exception):
     """A kept connection turned out dead before the first byte of the reply."""
 
 
+class _Opening(threading.local):
+    """The clock of the call that opens a connection in this thread.
+
+    urllib3 hands nothing of ours to a connection before it is made.
+    """
+
+    clock: Any = None
+
+
+_opening = _Opening()
+
+
 class _WatchedConnection(_ConnectionBase):
-    """Mixed into a connection class of http.client's or urllib3's: its waits for a reply
-    are the clock's, which comes with the request's body."""
+    """Mixed into a connection class of http.client's or urllib3's: its waits to connect
+    and for a reply are the clock's. That comes with the request's body, and before it
+    from _opening."""
 
     _upload: Optional[_Upload] = None
     _file: Optional[_SocketFile] = None
@@ -2316,7 +2329,50 @@ class _WatchedConnection(_ConnectionBase):
 
     def connect(self) -> None:
         self._was_used = False
+        vars(self).pop(
+            "_create_connection", None
+        )  # each has its own, before the class's
         super().connect()
+
+    def _new_conn(self) -> socket.socket:  # which urllib3 calls
+        from urllib3.util.connection import allowed_gai_family
+
+        host = getattr(self, "_dns_host", self.host)  # with the dot at its end, if any
+        return self._connect(host, self.port, self.timeout, allowed_gai_family())
+
+    def _create_connection(  # which http.client calls
+        self, address: tuple[str, int], timeout: Optional[float], _: Any
+    ) -> socket.socket:
+        return self._connect(*address, timeout, socket.AF_UNSPEC)
+
+    def _connect(
+        self, host: str, port: int, timeout: Optional[float], family: int
+    ) -> socket.socket:
+        """Connect to the first address of the host that answers.
+
+        timeout: seconds for each address, but not more than the clock has left.
+        """
+        clock = _opening.clock
+        problem = OSError(f"{host} has no address")
+        for kind, address in _look_up(host, port, family):
+            sock = None
+            try:
+                sock = socket.socket(kind, socket.SOCK_STREAM)
+                for option in getattr(self, "socket_options", None) or ():
+                    with suppress(OSError):  # not every platform has each
+                        sock.setsockopt(*option)
+                sock.settimeout(clock.left_of(timeout))
+                clock.watch(sock)
+                sock.connect(address)
+                return sock
+            except BaseException as error:
+                if sock is not None:
+                    sock.close()
+                if not isinstance(error, OSError):
+                    raise
+                _pass_on(error)
+                problem = error
+        raise problem
 
     def request(
         self,
@@ -2379,6 +2435,18 @@ class _WatchedConnection(_ConnectionBase):
             raise _DeadConnection from error
 
 
+def _look_up(host: str, port: int, family: int) -> list[tuple[int, Any]]:
+    """-> the addresses of a host, each with its own family."""
+    for kind in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):
+            socket.inet_pton(kind, host)
+            # For what is an address already, getaddrinfo() would import the codec of
+            # international names: a hundredth of what the start of a script costs.
+            return [(kind, (host, port))]
+    found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+    return [(kind, address) for kind, _, _, _, address in found]
+
+
 def _watched(connection: Any) -> Any:
     return type("Connection", (_WatchedConnection, connection), {})
 
@@ -2408,6 +2476,7 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
         request.secrets.add(*proxy.secrets)
     tls = _tls_settings(request.url, proxy)
     upload = _Upload(request.body, clock)
+    outer, _opening.clock = _opening.clock, clock  # a signal handler may ask, too
     try:
         if urllib3:
             response, release = _open_pooled(urllib3, request, upload, proxy, tls)
@@ -2417,6 +2486,8 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
         cause = _root_cause(error)
     else:
         return _Reply(response, clock, release, errors=errors, via=via)
+    finally:
+        _opening.clock = outer
     _pass_on(cause)
     clock.check()
     if isinstance(cause, socket.timeout) and upload.sent:
@@ -2647,10 +2718,8 @@ def _open_plain(
         connection.set_tunnel(host, port, dict(proxy.headers))
     response = None
     try:
+        connection.socket_options = _keepalive_options()
         connection.connect()
-        for option in _keepalive_options():
-            with suppress(OSError, AttributeError):
-                connection.sock.setsockopt(*option)
         # A server may refuse a large request before it has all of it.
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.request("POST", target, body=upload, headers=headers)

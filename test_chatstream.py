@@ -1652,7 +1652,9 @@ def test_no_timeouts_at_all(transport):
         assert list(ask(server, **options)) == [A, B, END]
 
 
-def test_connect_timeout_is_a_transport_error(transport, sleeps):
+@contextlib.contextmanager
+def mute_address():
+    """-> an address that takes no connection and refuses none."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
         fillers = []
         for _ in range(8):  # until the kernel takes no more
@@ -1660,11 +1662,75 @@ def test_connect_timeout_is_a_transport_error(transport, sleeps):
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
             fillers.append(filler)
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        got, failure = collect(ask(url, connect_timeout=0.15, max_retries=1))
+        yield listener.getsockname()
         for filler in fillers:
             filler.close()
+
+
+def test_connect_timeout_is_a_transport_error(transport, sleeps):
+    with mute_address() as (host, port):
+        url = f"http://{host}:{port}/v1"
+        got, failure = collect(ask(url, connect_timeout=0.15, max_retries=1))
     assert (got, type(failure), failure.attempts) == ([], cs.TransportError, 2)
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """-> what gives a name these addresses, each a pair of family and address."""
+
+    def give(*found):
+        answer = [(family, socket.SOCK_STREAM, 6, "", where) for family, where in found]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
+
+    return give
+
+
+def test_each_address_of_a_name_is_tried(transport, named):
+    with Server([reply(PLAIN)]) as server, mute_address() as mute:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            refuses = closed.getsockname()
+        right = ("127.0.0.1", server.port)
+        v4 = socket.AF_INET
+        named((-1, refuses), (v4, refuses), (v4, mute), (v4, right), (v4, mute))
+        url = f"http://many.test:{server.port}/v1"
+        assert list(ask(url, connect_timeout=0.2, max_retries=0)) == [A, B, END]
+    assert server.requests[0].header("Host") == f"many.test:{server.port}"
+
+
+def test_deadline_counts_for_all_addresses_together(transport, named):
+    with mute_address() as mute:
+        named(*[(socket.AF_INET, mute)] * 100)
+        started = time.monotonic()
+        _, failure = collect(ask("http://many.test/v1", deadline=0.3))
+    assert type(failure) is cs.DeadlineError
+    assert time.monotonic() - started < 10
+
+
+def test_a_name_without_addresses(transport, named):
+    named()
+    got, failure = collect(ask("http://none.test/v1", max_retries=0))
+    assert (got, type(failure)) == ([], cs.TransportError)
+    assert "none.test has no address" in str(failure)
+
+
+def test_a_nested_call_leaves_the_clock_of_the_outer(transport):
+    """As a signal handler's does that comes while a connection is made."""
+    with Server([reply(PLAIN)], [reply(PLAIN)]) as server:
+        clocks, connect = [], cs._WatchedConnection.connect
+
+        def connect_later(self):
+            clock = cs._opening.clock
+            clocks.append(clock)
+            if len(clocks) == 1:
+                assert list(ask(server)) == [A, B, END]
+            assert cs._opening.clock is clock
+            connect(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cs._WatchedConnection, "connect", connect_later)
+            assert list(ask(server)) == [A, B, END]
+    assert len(set(clocks)) == 2
+    assert cs._opening.clock is None
 
 
 def test_a_large_upload_outlasts_connect_timeout(transport):
@@ -3635,6 +3701,14 @@ def test_a_signal_handlers_exception_while_connecting(transport, error):
         url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
         with pytest.raises(type(error), match=r"^mine$"), alarm(error):
             list(ask(url, max_retries=3))
+
+
+def test_a_signal_handlers_exception_is_no_reason_for_another_address(transport, named):
+    with Server([reply(PLAIN)]) as server, mute_address() as mute:
+        named((socket.AF_INET, mute), (socket.AF_INET, ("127.0.0.1", server.port)))
+        with pytest.raises(OSError, match=r"^mine$"), alarm(OSError("mine")):
+            list(ask(f"http://many.test:{server.port}/v1"))
+    assert not server.requests
 
 
 @pytest.mark.parametrize(
