@@ -73,7 +73,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
@@ -141,6 +141,10 @@ _MAX_FRAMING = 16 * 1024
 
 #: 1xx replies that are read past before the real one.
 _MAX_INTERIM = 32
+
+#: Bytes of a reply up to the end of its headers. http.client reads at most 100 lines of
+#: 64 KiB, but past any number of `100 Continue`.
+_MAX_HEAD = 8 * 1024 * 1024
 
 #: Bytes that are read of a reply that is not 2xx: enough for any error message.
 _MAX_ERROR_BODY = 64 * 1024
@@ -1474,6 +1478,10 @@ class _Clock:
         bound = left if seconds is None else min(seconds, left)
         return None if math.isinf(bound) else max(bound, 0.001)
 
+    def moment_after(self, seconds: Optional[float]) -> float:
+        """-> the moment so many seconds from now; None: never."""
+        return math.inf if seconds is None else time.monotonic() + seconds
+
     def has_time_for(self, seconds: float) -> bool:
         """Whether a wait of so many seconds would end before the deadline."""
         return time.monotonic() + seconds < self._call_ends
@@ -1549,6 +1557,17 @@ class _Clock:
         if self._cancelled:
             self.check()
         return data
+
+    def read_before(
+        self, end: float, sock: Any, read: Callable[[Any], Any], argument: Any
+    ) -> Any:
+        """The same while connecting: all reads have until a moment, and no other bound
+        than that and the deadline."""
+        seconds = self.left_of(end - time.monotonic())
+        if time.monotonic() >= end:
+            raise socket.timeout("timed out")
+        sock.settimeout(seconds)
+        return read(argument)
 
     def sleep(self, seconds: float) -> None:
         """The wait before another try, or until a cancel(), which start_try() raises."""
@@ -2216,8 +2235,10 @@ def _read_head(response: Any) -> None:
     else:
         raise http.client.HTTPException("1xx replies without end")
     raw = getattr(getattr(response, "fp", None), "raw", None)
-    if getattr(raw, "at_end", False):
-        raise http.client.HTTPException("the connection ended inside the headers")
+    if isinstance(raw, _SocketFile):
+        raw.in_head = False
+        if raw.at_end:
+            raise http.client.HTTPException("the connection ended inside the headers")
     faults = ("MissingHeaderBodySeparatorDefect", "FirstHeaderLineIsContinuationDefect")
     for defect in getattr(response.headers, "defects", ()):
         if type(defect).__name__ in faults:
@@ -2247,8 +2268,7 @@ def _has_pending(sock: Any) -> bool:
 class _Upload(io.BytesIO):
     """The request's body, sent from a file so that each block has a timeout of its own.
 
-    It is also the one object of ours that urllib3 hands through to the connection: so it
-    carries the call's clock there. tell() says how far we got: 0 while connecting.
+    tell() says how far we got: 0 while connecting.
 
     fresh: bool, it is to go over a new connection.
     sent: bool, all of it was taken.
@@ -2276,25 +2296,29 @@ class _Upload(io.BytesIO):
 class _SocketFile(io.RawIOBase):
     """The file of a response's socket: each read of it waits as the clock allows.
 
+    read: a method of the clock.
     at_end: bool, the connection has ended.
+    received: int, bytes.
+    in_head: bool, the headers have not been read yet.
     """
 
-    def __init__(self, raw: Any, sock: Any, clock: _Clock) -> None:
+    def __init__(self, raw: Any, sock: Any, read: Callable[..., int]) -> None:
         self._raw = raw  # socket.SocketIO, which keeps the socket open
         self._sock = sock
-        self._clock = clock
+        self._read = read
         self.at_end = False
-        self.has_bytes = False
+        self.received = 0
+        self.in_head = True
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count: int = self._clock.read(self._sock, self._sock.recv_into, buffer)
-        if count:
-            self.has_bytes = True
-        else:
-            self.at_end = True
+        count = self._read(self._sock, self._sock.recv_into, buffer)
+        self.at_end = not count
+        self.received += count
+        if self.in_head and self.received > _MAX_HEAD:
+            raise OSError(f"more than {_MAX_HEAD} bytes of headers")
         return count
 
     def close(self) -> None:
@@ -2307,9 +2331,9 @@ class _DeadConnection(Exception):
 
 
 class _Opening(threading.local):
-    """The clock of the call that opens a connection in this thread.
+    """The clock of the call that connects or waits for a reply in this thread.
 
-    urllib3 hands nothing of ours to a connection before it is made.
+    urllib3 hands nothing of ours to a connection but the request's body.
     """
 
     clock: Any = None
@@ -2319,11 +2343,9 @@ _opening = _Opening()
 
 
 class _WatchedConnection(_ConnectionBase):
-    """Mixed into a connection class of http.client's or urllib3's: its waits to connect
-    and for a reply are the clock's. That comes with the request's body, and before it
-    from _opening."""
+    """Mixed into a connection class of http.client's or urllib3's: its waits, up to the
+    headers of the reply, are those of the call's clock."""
 
-    _upload: Optional[_Upload] = None
     _file: Optional[_SocketFile] = None
     _was_used = False
 
@@ -2374,6 +2396,16 @@ class _WatchedConnection(_ConnectionBase):
                 problem = error
         raise problem
 
+    def _tunnel(self) -> None:  # which both call to pass a proxy
+        clock = _opening.clock
+        read = partial(clock.read_before, clock.moment_after(self.timeout))
+        self.response_class: Any = partial(self._make_response, read)
+        try:
+            super()._tunnel()  # type: ignore[misc]
+        finally:
+            vars(self).pop("response_class", None)
+        self.sock.settimeout(clock.left_of(self.timeout))
+
     def request(
         self,
         method: str,
@@ -2382,9 +2414,8 @@ class _WatchedConnection(_ConnectionBase):
         headers: Any = None,
         **options: Any,
     ) -> None:
-        self._upload = body if isinstance(body, _Upload) else None
         self._file = None
-        if self._upload is not None and self._upload.fresh and self._was_used:
+        if self._was_used and isinstance(body, _Upload) and body.fresh:
             if self.sock is not None:
                 self.sock.close()
             self.sock: Any = None  # at which http.client connects anew
@@ -2395,31 +2426,31 @@ class _WatchedConnection(_ConnectionBase):
             raise
 
     def send(self, data: Any) -> None:
-        if self._upload is not None:
-            self._upload.clock.watch(getattr(self, "sock", None))
+        _opening.clock.watch(getattr(self, "sock", None))
         super().send(data)
 
     def getresponse(self, *args: Any, **options: Any) -> Any:
-        if self._upload is not None and not args and not options:
-            self._upload.clock.watch(getattr(self, "sock", None))
-            self.response_class: Any = self._make_response
+        clock = _opening.clock
+        clock.watch(getattr(self, "sock", None))
+        self.response_class = partial(self._make_response, clock.read)
         try:
             response = super().getresponse(*args, **options)
         except OSError as error:
             self._raise_if_dead(error)
             raise
         finally:
-            vars(self).pop("response_class", None)  # which a CONNECT must not see
+            vars(self).pop("response_class", None)
         self._was_used = True
-        self._upload = None  # its call knows this connection no more
         return response
 
-    def _make_response(self, sock: Any, *args: Any, **options: Any) -> Any:
+    def _make_response(
+        self, read: Callable[..., int], sock: Any, *args: Any, **options: Any
+    ) -> Any:
         import http.client
 
         response: Any = http.client.HTTPResponse(sock, *args, **options)
-        if self._upload is not None and isinstance(response.fp, io.BufferedReader):
-            self._file = _SocketFile(response.fp.detach(), sock, self._upload.clock)
+        if isinstance(response.fp, io.BufferedReader):
+            self._file = _SocketFile(response.fp.detach(), sock, read)
             response.fp = io.BufferedReader(self._file)
         return response
 
@@ -2428,7 +2459,7 @@ class _WatchedConnection(_ConnectionBase):
 
         uvicorn closes after a 500 without saying so; any server does after a while.
         """
-        untouched = self._file is None or not self._file.has_bytes
+        untouched = self._file is None or not self._file.received
         _pass_on(error)
         timeout = isinstance(error, socket.timeout)
         if self._was_used and untouched and not timeout:

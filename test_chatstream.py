@@ -78,7 +78,8 @@ class Server:
     is called. A script that begins with DEAF runs before the request's body is read.
     """
 
-    def __init__(self, *scripts, tls=None):
+    def __init__(self, *scripts, tls=None, family=socket.AF_INET):
+        host = "[::1]" if family == socket.AF_INET6 else "127.0.0.1"
         self.scripts = scripts or ([reply(sse(C("hi"), DONE))],)
         self.requests = []
         self.begun = 0  # requests whose headers have come
@@ -86,9 +87,9 @@ class Server:
         self.left = 0  # connections that the client has ended
         self.stopping = threading.Event()
         self.tls = tls
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server((host.strip("[]"), 0), family=family)
         self.port = self.listener.getsockname()[1]
-        self.origin = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
+        self.origin = f"http{'s' if tls else ''}://{host}:{self.port}"
         self.url = self.origin + "/v1"
         self.lock = threading.Lock()
         self.sockets = []
@@ -1697,6 +1698,17 @@ def test_each_address_of_a_name_is_tried(transport, named):
     assert server.requests[0].header("Host") == f"many.test:{server.port}"
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_an_address_is_not_looked_up(transport, family, named):
+    try:
+        server = Server([reply(PLAIN)], family=family)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    named()
+    with server:
+        assert list(ask(server)) == [A, B, END]
+
+
 def test_deadline_counts_for_all_addresses_together(transport, named):
     with mute_address() as mute:
         named(*[(socket.AF_INET, mute)] * 100)
@@ -2559,12 +2571,16 @@ def test_tls_idle_timeout_and_cut(transport, certificates, monkeypatch):
         assert (got, type(failure)) == ([A], cs.TruncatedStreamError)
 
 
-def relay(upstream_port):
-    """The part of a proxy after CONNECT."""
+def relay(upstream_port, pause=0):
+    """The part of a proxy after CONNECT; it pauses before and after its own reply."""
 
     def run(sock, file):
         with socket.create_connection(("127.0.0.1", upstream_port)) as upstream:
-            sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            time.sleep(pause)
+            sock.sendall(b"HTTP/1.1 200 Connection established\r\n")
+            time.sleep(pause / 9)
+            sock.sendall(b"\r\n")
+            time.sleep(pause)
 
             def back():
                 try:
@@ -2602,6 +2618,48 @@ def test_https_proxy_tunnels(transport, certificates, monkeypatch):
     assert connect.header("Authorization") is None
     assert server.requests[0].header("Authorization") == f"Bearer {KEY}"
     assert server.requests[0].header("Proxy-Authorization") is None
+
+
+@pytest.mark.parametrize("bound", ["connect_timeout", "deadline", "cancel"])
+def test_a_proxy_that_never_ends_its_reply_to_connect(transport, monkeypatch, bound):
+    def drip(sock, file):
+        while not proxy.stopping.wait(0.01):
+            sock.sendall(b"x")
+
+    with Server([b"HTTP/1.1 200 OK\r\nX: ", drip]) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.origin)
+        options = {"connect_timeout": None, "max_retries": 0}
+        if bound != "cancel":
+            options[bound] = 0.3
+        events = ask("https://upstream.test/v1", **options)
+        timer = threading.Timer(0.3, cs.cancel, [events])
+        if bound == "cancel":
+            timer.start()
+        got, failure = collect(events)
+    kinds = {"deadline": cs.DeadlineError, "cancel": cs.CancelledError}
+    assert (got, type(failure)) == ([], kinds.get(bound, cs.TransportError))
+    assert bound != "connect_timeout" or "timed out" in str(failure)
+
+
+def test_nothing_is_read_after_the_moment_before_which_it_is_to_be():
+    clock = cs._Clock("", idle_timeout=None, event_timeout=None, deadline=None)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"xy")
+        later = time.monotonic() + PATIENCE
+        assert clock.read_before(later, ours, ours.recv, 1) == b"x"
+        with pytest.raises(socket.timeout):
+            clock.read_before(time.monotonic(), ours, ours.recv, 1)
+
+
+def test_a_slow_proxy_leaves_tls_its_own_time(transport, certificates, monkeypatch):
+    folder, context = certificates
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "ca.pem"))
+    with Server([reply(PLAIN)], tls=context("good")) as server:
+        with Server(relay(server.port, pause=0.9)) as proxy:
+            monkeypatch.setenv("HTTPS_PROXY", proxy.origin)
+            url = f"https://upstream.test:{server.port}/v1"
+            assert list(ask(url, connect_timeout=1.5, max_retries=0)) == [A, B, END]
 
 
 def test_a_proxy_with_a_bad_port(transport, monkeypatch):
@@ -3532,6 +3590,26 @@ def test_fuzz_framings_of_the_same_chunks():
 # --------------------------------------------------------------------------------------
 # Whose connection, whose exception, whose time
 # --------------------------------------------------------------------------------------
+
+
+def test_headers_without_end(transport, monkeypatch):
+    """http.client reads past any number of 100 Continue."""
+    monkeypatch.setattr(cs, "_MAX_HEAD", 100_000)
+
+    def pour(sock, file):
+        while not server.stopping.is_set():
+            sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
+
+    with Server([pour]) as server:
+        got, failure = collect(ask(server, max_retries=0))
+    assert (got, type(failure)) == ([], cs.TransportError)
+    assert "more than 100000 bytes of headers" in str(failure)
+
+
+def test_the_bound_of_the_headers_is_none_of_the_body(transport, monkeypatch):
+    monkeypatch.setattr(cs, "_MAX_HEAD", 20_000)
+    with Server([reply(sse(*[C("a")] * 1000, STOP, DONE))]) as server:
+        assert len(list(ask(server))) == 1001
 
 
 @pytest.mark.parametrize(
