@@ -2351,9 +2351,8 @@ class _WatchedConnection(_ConnectionBase):
 
     def connect(self) -> None:
         self._was_used = False
-        vars(self).pop(
-            "_create_connection", None
-        )  # each has its own, before the class's
+        # http.client gives each connection its own, which hides the class's.
+        vars(self).pop("_create_connection", None)
         super().connect()
 
     def _new_conn(self) -> socket.socket:  # which urllib3 calls
