@@ -143,7 +143,7 @@ _MAX_FRAMING = 16 * 1024
 _MAX_INTERIM = 32
 
 #: Bytes of a reply up to the end of its headers. http.client reads at most 100 lines of
-#: 64 KiB, but past any number of `100 Continue`.
+#: 64 KiB, but before 3.14 past any number of `100 Continue`.
 _MAX_HEAD = 8 * 1024 * 1024
 
 #: Bytes that are read of a reply that is not 2xx: enough for any error message.

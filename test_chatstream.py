@@ -3593,7 +3593,7 @@ def test_fuzz_framings_of_the_same_chunks():
 
 
 def test_headers_without_end(transport, monkeypatch):
-    """http.client reads past any number of 100 Continue."""
+    """http.client reads past any number of 100 Continue, on 3.14 past a hundred."""
     monkeypatch.setattr(cs, "_MAX_HEAD", 100_000)
 
     def pour(sock, file):
@@ -3603,13 +3603,13 @@ def test_headers_without_end(transport, monkeypatch):
     with Server([pour]) as server:
         got, failure = collect(ask(server, max_retries=0))
     assert (got, type(failure)) == ([], cs.TransportError)
-    assert "more than 100000 bytes of headers" in str(failure)
+    assert re.search("more than (100000 bytes of headers|100 interim)", str(failure))
 
 
 def test_the_bound_of_the_headers_is_none_of_the_body(transport, monkeypatch):
-    monkeypatch.setattr(cs, "_MAX_HEAD", 20_000)
-    with Server([reply(sse(*[C("a")] * 1000, STOP, DONE))]) as server:
-        assert len(list(ask(server))) == 1001
+    monkeypatch.setattr(cs, "_MAX_HEAD", 200_000)  # and a buffer of 128 KiB on 3.14
+    with Server([reply(sse(*[C("a" * 1000)] * 500, STOP, DONE))]) as server:
+        assert len(list(ask(server))) == 501
 
 
 @pytest.mark.parametrize(
