@@ -72,6 +72,7 @@ import weakref
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from types import SimpleNamespace
@@ -2330,16 +2331,9 @@ class _DeadConnection(Exception):
     """A kept connection turned out dead before the first byte of the reply."""
 
 
-class _Opening(threading.local):
-    """The clock of the call that connects or waits for a reply in this thread.
-
-    urllib3 hands nothing of ours to a connection but the request's body.
-    """
-
-    clock: Any = None
-
-
-_opening = _Opening()
+#: The clock of the call that connects or waits for a reply in this thread (or greenlet):
+#: urllib3 hands nothing of ours to a connection but the request's body.
+_clock_of_call: ContextVar[_Clock] = ContextVar("clock_of_call")
 
 
 class _WatchedConnection(_ConnectionBase):
@@ -2373,7 +2367,7 @@ class _WatchedConnection(_ConnectionBase):
 
         timeout: seconds for each address, but not more than the clock has left.
         """
-        clock = _opening.clock
+        clock = _clock_of_call.get()
         problem = OSError(f"{host} has no address")
         for kind, address in _look_up(host, port, family):
             sock = None
@@ -2396,7 +2390,7 @@ class _WatchedConnection(_ConnectionBase):
         raise problem
 
     def _tunnel(self) -> None:  # which both call to pass a proxy
-        clock = _opening.clock
+        clock = _clock_of_call.get()
         read = partial(clock.read_before, clock.moment_after(self.timeout))
         self.response_class: Any = partial(self._make_response, read)
         try:
@@ -2425,11 +2419,11 @@ class _WatchedConnection(_ConnectionBase):
             raise
 
     def send(self, data: Any) -> None:
-        _opening.clock.watch(getattr(self, "sock", None))
+        _clock_of_call.get().watch(getattr(self, "sock", None))
         super().send(data)
 
     def getresponse(self, *args: Any, **options: Any) -> Any:
-        clock = _opening.clock
+        clock = _clock_of_call.get()
         clock.watch(getattr(self, "sock", None))
         self.response_class = partial(self._make_response, clock.read)
         try:
@@ -2506,7 +2500,7 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
         request.secrets.add(*proxy.secrets)
     tls = _tls_settings(request.url, proxy)
     upload = _Upload(request.body, clock)
-    outer, _opening.clock = _opening.clock, clock  # a signal handler may ask, too
+    token = _clock_of_call.set(clock)
     try:
         if urllib3:
             response, release = _open_pooled(urllib3, request, upload, proxy, tls)
@@ -2517,7 +2511,7 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
     else:
         return _Reply(response, clock, release, errors=errors, via=via)
     finally:
-        _opening.clock = outer
+        _clock_of_call.reset(token)  # to the call that a signal handler interrupted
     _pass_on(cause)
     clock.check()
     if isinstance(cause, socket.timeout) and upload.sent:

@@ -1731,18 +1731,18 @@ def test_a_nested_call_leaves_the_clock_of_the_outer(transport):
         clocks, connect = [], cs._WatchedConnection.connect
 
         def connect_later(self):
-            clock = cs._opening.clock
+            clock = cs._clock_of_call.get()
             clocks.append(clock)
             if len(clocks) == 1:
                 assert list(ask(server)) == [A, B, END]
-            assert cs._opening.clock is clock
+            assert cs._clock_of_call.get() is clock
             connect(self)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cs._WatchedConnection, "connect", connect_later)
             assert list(ask(server)) == [A, B, END]
     assert len(set(clocks)) == 2
-    assert cs._opening.clock is None
+    assert cs._clock_of_call.get(None) is None
 
 
 def test_a_large_upload_outlasts_connect_timeout(transport):
