@@ -817,9 +817,9 @@ def cancel(events: Generator[Event, None, None]) -> None:
     events: the generator that stream() returned; not one of aggregate().
 
     Works before the first next(), between two events, in the wait before another try, and
-    while another thread waits in next(). Only a connection that is being made, and with
-    `pool=` all up to the headers, goes on until that wait ends by itself or at its
-    bound. On a call that has ended it does nothing. Raises TypeError for anything else.
+    while another thread waits in next(). Only a connection that is being made (a name
+    looked up, a TLS handshake, TCP but on Linux), and with `pool=` all up to the headers,
+    goes on until that wait ends by itself or at its bound. On a call that has ended it does nothing. Raises TypeError for anything else.
     """
     clock = None
     with suppress(TypeError):  # no weak reference can be made to it
@@ -1440,8 +1440,7 @@ class _Clock:
     # What the call tells it
 
     def start_call(self) -> None:
-        if self._deadline is not None:
-            self._call_ends = time.monotonic() + self._deadline
+        self._call_ends = self.moment_after(self._deadline)
 
     def start_try(self) -> None:
         self._event_ends = math.inf
@@ -1451,8 +1450,7 @@ class _Clock:
     def start_event(self) -> None:
         """The headers have come, or a chunk that said something."""
         self._has_headers = True
-        if self._event_timeout is not None:
-            self._event_ends = time.monotonic() + self._event_timeout
+        self._event_ends = self.moment_after(self._event_timeout)
 
     def leave_out(self, seconds: float) -> None:
         """So long the caller had the turn, which does not count."""
@@ -1464,7 +1462,7 @@ class _Clock:
 
         What then ends it is nobody's error: both who use this suppress it.
         """
-        self._phase_ends = time.monotonic() + seconds
+        self._phase_ends = self.moment_after(seconds)
         try:
             yield
         finally:
@@ -1559,11 +1557,18 @@ class _Clock:
             self.check()
         return data
 
+    def connect(self, seconds: Optional[float], sock: Any, address: Any) -> None:
+        """`sock.connect(address)`, within so many seconds (None: no bound) and what is
+        left of the deadline."""
+        sock.settimeout(self.left_of(seconds))
+        self.watch(sock)
+        sock.connect(address)
+
     def read_before(
         self, end: float, sock: Any, read: Callable[[Any], Any], argument: Any
     ) -> Any:
-        """The same while connecting: all reads have until a moment, and no other bound
-        than that and the deadline."""
+        """The same as read() while connecting: all reads have until a moment, and no
+        other bound than that and the deadline."""
         seconds = self.left_of(end - time.monotonic())
         if time.monotonic() >= end:
             raise socket.timeout("timed out")
@@ -2369,16 +2374,14 @@ class _WatchedConnection(_ConnectionBase):
         """
         clock = _clock_of_call.get()
         problem = OSError(f"{host} has no address")
-        for kind, address in _look_up(host, port, family):
+        for kind, address in _addresses_of(host, port, family):
             sock = None
             try:
                 sock = socket.socket(kind, socket.SOCK_STREAM)
                 for option in getattr(self, "socket_options", None) or ():
                     with suppress(OSError):  # not every platform has each
                         sock.setsockopt(*option)
-                sock.settimeout(clock.left_of(timeout))
-                clock.watch(sock)
-                sock.connect(address)
+                clock.connect(timeout, sock, address)
                 return sock
             except BaseException as error:
                 if sock is not None:
@@ -2459,7 +2462,7 @@ class _WatchedConnection(_ConnectionBase):
             raise _DeadConnection from error
 
 
-def _look_up(host: str, port: int, family: int) -> list[tuple[int, Any]]:
+def _addresses_of(host: str, port: int, family: int) -> list[tuple[int, Any]]:
     """-> the addresses of a host, each with its own family."""
     for kind in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError):
@@ -4138,9 +4141,7 @@ class _Choice:
             and value
             and isinstance(value, (str, list, dict))
         }
-        number = source.get(
-            "reasoning_content"
-        )  # elsewhere it may be a count or a flag
+        number = source.get("reasoning_content")  # others may be a count or a flag
         if type(number) in (int, float):
             extra["reasoning_content"] = _find_texts(number)
         if extra:

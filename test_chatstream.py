@@ -59,6 +59,8 @@ try:
 except ImportError:
     urllib3 = None
 
+needs_urllib3 = pytest.mark.skipif(urllib3 is None, reason="urllib3 is not installed")
+
 HERE = pathlib.Path(__file__).parent
 KEY = "sk-secret-0123456789"
 PATIENCE = 30  # seconds: no wait in here is longer, and none is meant to be
@@ -1718,6 +1720,24 @@ def test_deadline_counts_for_all_addresses_together(transport, named):
     assert time.monotonic() - started < 10
 
 
+@needs_urllib3
+def test_urllib3_says_which_addresses_are_wanted(monkeypatch):
+    """Who sets this wants IPv4 alone, say."""
+    asked = []
+
+    def look_up(host, port, family, *_):
+        asked.append((host, family))
+        raise socket.gaierror("no")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    for family in (socket.AF_INET, socket.AF_INET6):
+        monkeypatch.setattr(
+            urllib3.util.connection, "allowed_gai_family", lambda family=family: family
+        )
+        collect(ask("http://some.test/v1", max_retries=0))
+    assert asked == [("some.test", socket.AF_INET), ("some.test", socket.AF_INET6)]
+
+
 def test_a_name_without_addresses(transport, named):
     named()
     got, failure = collect(ask("http://none.test/v1", max_retries=0))
@@ -1899,8 +1919,6 @@ def test_a_call_that_goes_well_logs_nothing_above_debug(transport, caplog):
 # --------------------------------------------------------------------------------------
 # Connections
 # --------------------------------------------------------------------------------------
-
-needs_urllib3 = pytest.mark.skipif(urllib3 is None, reason="urllib3 is not installed")
 
 
 @needs_urllib3
@@ -3950,6 +3968,18 @@ def test_cancel_in_each_phase(transport, phase, aggregated):
     assert type(failure) is cs.CancelledError
     assert got == ([] if aggregated else events)
     assert failure.partial == ((Message(content="a"),) if aggregated and events else ())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where shutdown() ends a connect()")
+def test_cancel_while_connecting(transport):
+    with mute_address() as (host, port):
+        call = ask(f"http://{host}:{port}/v1", connect_timeout=PATIENCE)
+        timer = cancel_soon(call)
+        started = time.monotonic()
+        _, failure = collect(call)
+        assert time.monotonic() - started < PATIENCE / 2
+        timer.join()
+    assert type(failure) is cs.CancelledError
 
 
 def test_cancel_while_the_request_is_sent(transport):
