@@ -1,4 +1,4 @@
-# chatstream 1.1.0: stream a chat completion from a Python script. One file, MIT.
+# chatstream 1.2.0: stream a chat completion from a Python script. One file, MIT.
 # The Python distribution chatstream-py: copy this file beside your code, or install a
 # checkout. It is its own documentation; the README of the distribution has recipes.
 # SPDX-License-Identifier: MIT
@@ -49,12 +49,14 @@ Errors:
         ServerError           the server reported an error inside the answer
 
 A wrong argument is a ValueError or TypeError from the call itself, before any network
-use. urllib3 carries the requests where it is installed (pooled connections); without it
-http.client does, one connection a call. Logger: "chatstream".
+use. The standard library carries everything; with `pool=` a urllib3 manager of the
+caller's does. Logger: "chatstream".
 """
 
 from __future__ import annotations
 
+import atexit
+import collections
 import copy
 import io
 import itertools
@@ -64,154 +66,94 @@ import math
 import os
 import re
 import socket
-import string
 import sys
 import threading
 import time
+import types
 import weakref
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Callable, Optional, Union
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Callable, ClassVar, Optional, Union
 
-# http.client, signal, ssl, urllib and urllib3 are imported where they are first needed:
-# together they would be most of the time that `import chatstream` takes.
-if TYPE_CHECKING:
-    from http.client import HTTPConnection as _ConnectionBase
-else:
-    _ConnectionBase = object
+# http.client, ssl, urllib and others are imported where they are first needed: together
+# they would be most of the time that `import chatstream` takes.
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 
+# fmt: off
 __all__ = [
-    "stream",
-    "complete",
-    "aggregate",
-    "decode",
-    "cancel",
-    "Provider",
-    "PROVIDERS",
-    "Event",
-    "TextDelta",
-    "ReasoningDelta",
-    "RefusalDelta",
-    "ToolCallDelta",
-    "Chunk",
-    "Message",
-    "Completed",
-    "ToolCall",
-    "Usage",
-    "ChatStreamError",
-    "MissingAPIKeyError",
-    "StatusError",
-    "RetryLimitError",
-    "TransportError",
-    "DeadlineError",
-    "CancelledError",
-    "StreamError",
-    "IdleTimeoutError",
-    "TruncatedStreamError",
-    "MalformedChunkError",
-    "ServerError",
+    "stream", "complete", "aggregate", "decode", "cancel",
+    "Provider", "PROVIDERS",
+    "Event", "TextDelta", "ReasoningDelta", "RefusalDelta", "ToolCallDelta",
+    "Chunk", "Message", "Completed", "ToolCall", "Usage",
+    "ChatStreamError", "MissingAPIKeyError", "StatusError", "RetryLimitError",
+    "TransportError", "DeadlineError", "CancelledError", "StreamError",
+    "IdleTimeoutError", "TruncatedStreamError", "MalformedChunkError", "ServerError",
     "__version__",
 ]
+# fmt: on
 
 _log = logging.getLogger("chatstream")
 
-#: The most bytes that are asked of the connection at once. What has arrived is handed
-#: over however little it is.
-_BLOCK_SIZE = 65536
 
-#: Bytes that one event (or line, or answer that is not SSE) may have. No model writes so
-#: much in one piece; a server gone wrong might, until memory is full.
-_MAX_EVENT = 64 * 1024 * 1024
+# ----------------------------------------------
+# How it works
+# ----------------------------------------------
 
-#: Objects and lists that one event may have: each takes some 60 bytes of memory, and as
-#: little as 3 bytes of the event. The longest answer with logprobs has a tenth of this.
-_MAX_OBJECTS = 1_000_000
-
-#: Choices of an answer, and tool calls of a choice. No model makes as many.
-_MAX_CHOICES = _MAX_CALLS = 1024
-
-#: Bytes of a chunk-size line with its extensions, and of all trailers together.
-_MAX_FRAMING = 16 * 1024
-
-#: 1xx replies that are read past before the real one.
-_MAX_INTERIM = 32
-
-#: Bytes of a reply up to the end of its headers. http.client reads at most 100 lines of
-#: 64 KiB, but before 3.14 past any number of `100 Continue`.
-_MAX_HEAD = 8 * 1024 * 1024
-
-#: Bytes that are read of a reply that is not 2xx: enough for any error message.
-_MAX_ERROR_BODY = 64 * 1024
-
-#: Seconds for reading that, however it drips: the status is known and worth more.
-_ERROR_BODY_SECONDS = 5.0
-
-#: Seconds after `[DONE]` in which the body may still end, so that its connection can
-#: be used again. The caller has its Completed before that.
-_GRACE_SECONDS = 0.05
-
-#: Characters of a sentence for people, of a quotation of what the server sent, and of an
-#: error's whole text: a server may send megabytes.
-_MAX_SENTENCE, _MAX_QUOTE, _MAX_TEXT = 2000, 200, 4000
-
-#: Characters that are kept of a finish_reason, which is one word.
-_MAX_REASON = 1000
-
-#: Bytes that are logged of a request's body, at DEBUG: not the whole of an image.
-_MAX_LOGGED = 2000
-
-#: First and longest wait between two tries, in seconds; each is twice the one before.
-_FIRST_BACKOFF, _LONGEST_BACKOFF = 0.2, 30.0
-
-#: A server that asks for a longer wait than this (seconds) is not waited for.
-_LONGEST_RETRY_AFTER = 120.0
-
-#: Connections kept for reuse, per host. Above it urllib3 would drop one and warn.
-_POOL_SIZE = 256
-
-#: Seconds of silence after which TCP asks whether the other side is still there, so that
-#: no NAT or firewall forgets a connection on which a model thinks.
-_KEEPALIVE_SECONDS = 30
-
-#: socket.settimeout() takes no more: milliseconds in a C int.
-_LONGEST_TIMEOUT = 2_147_483
+# messages, options -> _Request -> _run: tries, waits -> _attempt: one request
+#     http.client over a kept or a new connection, or the caller's pool
+#         -> _Reply: status, headers, bytes
+#         -> _receive: framing (chunked | length | to the end) -> _unpack: gzip, zlib
+#         -> _read_answer: the loop over the bytes, and the clock
+#     feed(bytes), end(cut)
+#         -> _Answer: lines -> JSON -> chunks -> choices, tool calls (no I/O, no time)
+#     events
+#         -> stream(), decode() -> aggregate() -> complete()
+#
+# 1. Each fact has one owner, which alone changes it. Time and cancelling are the
+#    _Clock's; where a body ends, _receive() knows; what was said, the _Answer.
+# 2. There is one rule of reading: JSON counts, however it is framed; what nobody can
+#    read is said, never dropped. A quirk of a server is covered by a rule, or not.
+# 3. A cut is never a success: an answer that breaks off ends in an error.
+# 4. _run() is the only loop that sleeps, the _Clock the only one that waits. Below
+#    feed() nobody knows of sockets or time, so decode() runs all of it on a file.
+#
+# Refused: connecting by ourselves (so a cancel() while connecting ends when that wait
+# does), compression beyond gzip and zlib, a repair for each way in which servers garble
+# arguments, sentences out of broken error pages, a second way to do anything.
 
 
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 # Errors
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 
 
 class ChatStreamError(Exception):
     """Base of all errors that a call can end in.
 
-    partial: tuple of Message, what had arrived of each choice; filled in by aggregate().
+    partial: tuple of Message, what had arrived of each choice; filled in by
+        aggregate().
     request_id: str, the server's name for the request, to quote to its support; "" if
         it gave none or was not reached.
     """
 
     partial: tuple[Message, ...]
     request_id: str
+    _fields: ClassVar[dict[str, Any]] = {"partial": (), "request_id": ""}
 
-    # The fields of an error are attributes of the instance, none of its class: pickle
-    # and copy carry them over, and Ray's wrappers of an error find those of the original.
-    def __init__(
-        self,
-        text: str = "",
-        *,
-        partial: tuple[Message, ...] = (),
-        request_id: str = "",
-    ) -> None:
+    # Each class says its fields and their defaults. They are attributes of the
+    # instance, not of the class: pickle, copy and Dask carry them over, and Ray's
+    # wrapper, which looks for them in the original error, finds them there.
+    def __init__(self, text: str = "", **fields: Any) -> None:
         super().__init__(text)
-        self.partial = partial
-        self.request_id = request_id
+        for kind in reversed(type(self).__mro__):
+            for name, default in vars(kind).get("_fields", {}).items():
+                setattr(self, name, fields.pop(name, copy.copy(default)))
+        if fields:
+            raise TypeError(f"{type(self).__name__} has no field {min(fields)!r}")
 
 
 class MissingAPIKeyError(ChatStreamError):
@@ -223,13 +165,7 @@ class MissingAPIKeyError(ChatStreamError):
 
     env_key: str
     instructions: str
-
-    def __init__(
-        self, text: str = "", *, env_key: str = "", instructions: str = "", **base: Any
-    ) -> None:
-        super().__init__(text, **base)
-        self.env_key = env_key
-        self.instructions = instructions
+    _fields = {"env_key": "", "instructions": ""}
 
 
 class StatusError(ChatStreamError):
@@ -250,26 +186,8 @@ class StatusError(ChatStreamError):
     code: Any
     retry_after: Optional[float]
     headers: dict[str, str]
-
-    def __init__(
-        self,
-        text: str = "",
-        *,
-        status: int = 0,
-        body: str = "",
-        message: str = "",
-        code: Any = None,
-        retry_after: Optional[float] = None,
-        headers: Optional[dict[str, str]] = None,
-        **base: Any,
-    ) -> None:
-        super().__init__(text, **base)
-        self.status = status
-        self.body = body
-        self.message = message
-        self.code = code
-        self.retry_after = retry_after
-        self.headers = headers or {}
+    _fields = {"status": 0, "body": "", "message": "", "code": None}
+    _fields.update(retry_after=None, headers={})
 
 
 class RetryLimitError(StatusError):
@@ -279,25 +197,20 @@ class RetryLimitError(StatusError):
     """
 
     attempts: int
-
-    def __init__(self, text: str = "", *, attempts: int = 0, **base: Any) -> None:
-        super().__init__(text, **base)
-        self.attempts = attempts
+    _fields = {"attempts": 0}
 
 
 class TransportError(ChatStreamError):
-    """No answer began: no connection, TLS failure, reset, or cut before the first event.
+    """No answer began: no connection, TLS failure, reset, or cut before the first
+    event.
 
-    The cause is chained (`__cause__`).
+    The cause is chained (`__cause__`), with its type and text and without its frames.
 
     attempts: int, the requests made.
     """
 
     attempts: int
-
-    def __init__(self, text: str = "", *, attempts: int = 0, **base: Any) -> None:
-        super().__init__(text, **base)
-        self.attempts = attempts
+    _fields = {"attempts": 0}
 
 
 class DeadlineError(ChatStreamError, TimeoutError):
@@ -307,10 +220,7 @@ class DeadlineError(ChatStreamError, TimeoutError):
     """
 
     seconds: float
-
-    def __init__(self, text: str = "", *, seconds: float = 0.0, **base: Any) -> None:
-        super().__init__(text, **base)
-        self.seconds = seconds
+    _fields = {"seconds": 0.0}
 
 
 class CancelledError(ChatStreamError):
@@ -329,10 +239,7 @@ class IdleTimeoutError(StreamError, TimeoutError):
     """
 
     seconds: float
-
-    def __init__(self, text: str = "", *, seconds: float = 0.0, **base: Any) -> None:
-        super().__init__(text, **base)
-        self.seconds = seconds
+    _fields = {"seconds": 0.0}
 
 
 class TruncatedStreamError(StreamError):
@@ -349,10 +256,7 @@ class MalformedChunkError(StreamError):
     """
 
     data: str
-
-    def __init__(self, text: str = "", *, data: str = "", **base: Any) -> None:
-        super().__init__(text, **base)
-        self.data = data
+    _fields = {"data": ""}
 
 
 class ServerError(StreamError):
@@ -367,27 +271,12 @@ class ServerError(StreamError):
     type: Any
     message: str
     raw: Any
-
-    def __init__(
-        self,
-        text: str = "",
-        *,
-        code: Any = None,
-        type: Any = None,
-        message: str = "",
-        raw: Any = None,
-        **base: Any,
-    ) -> None:
-        super().__init__(text, **base)
-        self.code = code
-        self.type = type
-        self.message = message
-        self.raw = raw
+    _fields = {"code": None, "type": None, "message": "", "raw": None}
 
 
-# --------------------------------------------------------------------------------------
-# Events and values
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
+# Events, values, providers
+# ----------------------------------------------
 
 
 @dataclass
@@ -469,8 +358,8 @@ class ToolCall:
     id: str, unique in its message, made up where the server sent none.
     name: str, the function or custom tool.
     arguments: str, the JSON text as the model wrote it: it may be invalid, or "". Where
-        the server sent it more than once it stands here once. Of a custom tool: its free
-        text.
+        the server sent it more than once it stands here once. Of a custom tool: its
+        free text.
     extra: dict, members that are not OpenAI's; they go back with to_dict(), because
         Gemini refuses the next turn without its thought signature.
     type: str, "function" or "custom".
@@ -484,17 +373,17 @@ class ToolCall:
 
     def to_dict(self) -> dict[str, Any]:
         """The call as it stands in a request's `tool_calls`."""
-        made: dict[str, Any] = {"id": self.id, "type": self.type}
         if self.type == "custom":
-            made["custom"] = {"name": self.name, "input": self.arguments}
+            inner = {"name": self.name, "input": self.arguments}
         else:
-            made["function"] = {"name": self.name, "arguments": self.arguments}
-        return {**self.extra, **made}
+            inner = {"name": self.name, "arguments": self.arguments}
+        return {**self.extra, "id": self.id, "type": self.type, self.type: inner}
 
 
 @dataclass
 class Message:
-    """A whole message, from aggregate() or complete(). Append it to the history as it is.
+    """A whole message, from aggregate() or complete(). Append it to the history as it
+    is.
 
     role: str.
     content, reasoning, refusal: str; "" if there was none.
@@ -503,6 +392,9 @@ class Message:
     choice: int.
     extra: dict, the reasoning members under the server's own names, text joined and
         lists concatenated.
+    completed: Completed, the end of the answer with its usage and headers, on the
+        Message that complete() returns; None on every other. Neither in the repr nor
+        compared.
     """
 
     role: str = "assistant"
@@ -513,12 +405,13 @@ class Message:
     finish_reason: Optional[str] = None
     choice: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    completed: Optional[Completed] = field(default=None, repr=False, compare=False)
 
     def to_dict(self, *, reasoning: bool = False) -> dict[str, Any]:
         """The message as it stands in a request's `messages`; also what to save.
 
-        reasoning: bool, default False because some servers refuse it. True adds `extra`,
-            which OpenRouter, DeepSeek and Kimi want back inside a tool loop.
+        reasoning: bool, default False because some servers refuse it. True adds
+            `extra`, which OpenRouter, DeepSeek and Kimi want back inside a tool loop.
         """
         message: dict[str, Any] = {"role": self.role}
         message["content"] = self.content or (None if self.tool_calls else "")
@@ -526,9 +419,7 @@ class Message:
             message["refusal"] = self.refusal
         if self.tool_calls:
             message["tool_calls"] = [call.to_dict() for call in self.tool_calls]
-        if reasoning:
-            message = {**message, **self.extra, **message}
-        return message
+        return {**message, **self.extra, **message} if reasoning else message
 
 
 @dataclass
@@ -581,6 +472,7 @@ _Delta = Union[TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta]
 
 #: What stream() and aggregate() yield.
 Event = Union[_Delta, Chunk, Message, Completed]
+_Events = Generator[Event, None, None]
 
 
 @dataclass
@@ -611,20 +503,20 @@ PROVIDERS: dict[str, Provider] = {
         ("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", "https://console.groq.com/keys"),
         ("mistral", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "https://console.mistral.ai/api-keys"),
         ("deepseek", "https://api.deepseek.com", "DEEPSEEK_API_KEY", "https://platform.deepseek.com/api_keys"),
-        ("gemini", "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY",
-         "https://aistudio.google.com/apikey"),
-        ("ollama", "http://localhost:11434/v1", None, None),
-        ("lmstudio", "http://localhost:1234/v1", None, None),
-        ("llamacpp", "http://localhost:8080/v1", None, None),
-        ("vllm", "http://localhost:8000/v1", None, None),
+        ("gemini", "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY", "https://aistudio.google.com/apikey"),
+        # 127.0.0.1, because Windows takes two seconds for `localhost`
+        ("ollama", "http://127.0.0.1:11434/v1", None, None),
+        ("lmstudio", "http://127.0.0.1:1234/v1", None, None),
+        ("llamacpp", "http://127.0.0.1:8080/v1", None, None),
+        ("vllm", "http://127.0.0.1:8000/v1", None, None),
     ]
 }
 # fmt: on
 
 
-# --------------------------------------------------------------------------------------
-# The public functions
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
+# Public functions
+# ----------------------------------------------
 
 
 #: The clocks of the calls whose generators somebody still holds, for cancel().
@@ -633,7 +525,7 @@ _clocks = weakref.WeakKeyDictionary()
 
 
 def stream(
-    messages: Union[str, Iterable[Union[dict[str, Any], Message]]],
+    messages: Union[str, Iterable[Union[Mapping[str, Any], Message]]],
     *,
     model: str,
     instructions: Optional[str] = None,
@@ -657,16 +549,18 @@ def stream(
     The arguments are checked now; the request is sent at the first next(). Closing the
     generator, or leaving the loop and dropping it, closes the connection.
 
-    messages: str (one user message), or a sequence of dicts (sent untouched) and of
+    messages: str (one user message), or a sequence of mappings (sent untouched) and of
         Message (its to_dict() is sent).
     model: str.
     instructions: str, sent as a leading system message; None: none.
-    provider: a name in PROVIDERS, or a Provider. None: openai, and then the environment
-        variable OPENAI_BASE_URL replaces its URL and makes its key optional.
+    provider: a name in PROVIDERS, or a Provider. None: openai. For openai the
+        environment variable OPENAI_BASE_URL, where it is set, replaces the URL and
+        makes the key optional.
     base_url: str, another URL for `provider`; alone: some server that needs no key. It
         is all that comes before `/chat/completions`, usually ending in `/v1`, and may
         carry a query string (Azure's `?api-version=`). None: the provider's.
-    api_key: str, sent as a bearer token. None or "": the provider's environment variable.
+    api_key: str, sent as a bearer token. None or "": the provider's environment
+        variable.
     headers: mapping of str to str, on top of ours and of the provider's; replaces a
         header of the same name, whatever the case. None: none.
     extra_body: mapping, members of the request's body whose names stream() itself uses.
@@ -674,99 +568,81 @@ def stream(
     connect_timeout: float, seconds for each of TCP (each address of a name), TLS and
         proxy, and for each block of the request that the server does not take; None: no
         bound. Not for the answer.
-    idle_timeout: float, seconds of silence on the socket, before the headers and between
-        any two reads; None: no bound. Then IdleTimeoutError.
+    idle_timeout: float, seconds of silence on the socket, before the headers and
+        between any two reads; None: no bound. Then IdleTimeoutError.
     event_timeout: float, seconds since the headers or the last chunk with a choice or
-        usage in it, in which other bytes may come (keep-alive comments); None: no bound.
-        The caller's own time between two next() does not count. Then IdleTimeoutError.
-    deadline: float, seconds for the whole call from the first next(): all tries, waits and
-        the caller's own time; None: no bound. Then DeadlineError. Name lookups (DNS) are
-        outside Python's reach.
+        usage in it, in which other bytes may come (keep-alive comments); None: no
+        bound. The caller's own time between two next() does not count. Then
+        IdleTimeoutError.
+    deadline: float, seconds for the whole call from the first next(): all tries, waits
+        and the caller's own time; None: no bound. Then DeadlineError. Name lookups
+        (DNS) are outside Python's reach.
     max_retries: int, tries after the first one: on a connection failure (but not on a
         bad certificate or other things that another try cannot heal), on 408, 429 and
         5xx, when the connection breaks before anything was yielded, and when the first
         word of the answer is an error of such a kind. `x-should-retry` true or false
-        overrides the status; the code or type insufficient_quota is never retried. The
-        wait is what `retry-after-ms` or `Retry-After` says (RFC 9110, 10.2.3; over
-        120 s: no more tries), else 0.2 s x 2^n x (0.9 to 1.1), at most 30 s.
-    strict: bool, True makes an error of what is otherwise logged as a warning: data that
-        is not a JSON object, an end without finish_reason, a cut or silence after the
-        answer was finished.
+        overrides the status; insufficient_quota is never retried. The wait is what
+        `retry-after-ms`, `Retry-After` (RFC 9110, 10.2.3) or Gemini's `retryDelay` says
+        and up to a tenth more (over 120 s: no more tries), else 0.2 s x 2^n x (0.9 to
+        1.1), at most 30 s.
+    strict: bool, True makes an error of what is otherwise logged as a warning: data
+        that is not a JSON object, an end without finish_reason, a cut or silence after
+        the answer was finished.
     raw: bool, True also yields each parsed JSON object, as Chunk.
     pool: a urllib3 PoolManager (or ProxyManager, or SOCKS manager) of the caller's, for
         private CAs, client certificates and proxies; its own headers stay, ours come on
-        top. None: a shared one, and the proxy variables of the environment (but never for
-        loopback) and SSL_CERT_FILE are honoured.
+        top. None: connections of our own, and the proxy variables of the environment
+        (never for loopback) and SSL_CERT_FILE are honoured.
     params: the other members of the request's body, sent as they are (`temperature=`,
-        `tools=`, `stream_options=` ...). `n` is among them: unless it asks for several
-        choices, all that comes belongs to choice 0.
+        `tools=`, `stream_options=` ...), but for those that are None. `n` is among
+        them: unless it asks for several choices, all that comes belongs to choice 0.
 
     Raises ValueError, TypeError and MissingAPIKeyError at the call, and the other
     ChatStreamErrors out of the loop.
     """
-    where = _choose_provider(provider, base_url)
-    url = _parse_url(where.base_url if base_url is None else base_url)
-    key = _choose_key(where, api_key)
-    sent_headers = _merge_headers(
-        {
-            "Accept": "text/event-stream",
-            "Content-Type": "application/json",
-            "Accept-Encoding": "identity",
-            "User-Agent": f"chatstream/{__version__}",
-            **({"Authorization": f"Bearer {key}"} if key else {}),
-        },
-        _check_headers("Provider.headers", where.headers),
-        _check_headers("headers", headers),
-    )
-    _check_pool(pool)
-    body = _build_body(messages, model, instructions, params, extra_body)
-    secrets = _Secrets(key)
-    secrets.add_headers({**(getattr(pool, "headers", None) or {}), **sent_headers})
-    secrets.add_query(url.query)
-    request = _Request(
-        url=url,
-        headers=sent_headers,
-        body=_encode_body(body),
-        one_choice=body.get("n") in (None, 1),
-        key_source=where.env_key or "",
-        connect_timeout=_to_seconds("connect_timeout", connect_timeout),
-        max_retries=_to_retries(max_retries),
-        strict=_to_bool("strict", strict),
-        raw=_to_bool("raw", raw),
-        pool=pool,
-        secrets=secrets,
-    )
-    clock = _Clock(
-        url.shown,
-        idle_timeout=_to_seconds("idle_timeout", idle_timeout),
-        event_timeout=_to_seconds("event_timeout", event_timeout),
-        deadline=_to_seconds("deadline", deadline),
-    )
-    events = _run(request, clock)
-    _clocks[events] = clock
-    return events
+    arguments = dict(locals())
+    del api_key, headers  # a traceback that is shown with its locals shows no key
+    return _start(arguments, whole=False)
 
 
 def complete(
-    messages: Union[str, Iterable[Union[dict[str, Any], Message]]],
+    messages: Union[str, Iterable[Union[Mapping[str, Any], Message]]],
     *,
     model: str,
-    **options: Any,
+    instructions: Optional[str] = None,
+    provider: Union[str, Provider, None] = None,
+    base_url: Optional[str] = None,
+    api_key: Optional[str] = None,
+    headers: Optional[Mapping[str, str]] = None,
+    extra_body: Optional[Mapping[str, Any]] = None,
+    connect_timeout: Optional[float] = 10.0,
+    idle_timeout: Optional[float] = 300.0,
+    event_timeout: Optional[float] = 900.0,
+    deadline: Optional[float] = None,
+    max_retries: int = 4,
+    strict: bool = False,
+    raw: bool = False,
+    pool: Any = None,
+    **params: Any,
 ) -> Message:
     """Ask for a chat completion and return the whole answer, as one Message.
 
-    messages, model, options: as in stream().
+    All options are those of stream(), but that an answer that is cut is asked for
+    again, within max_retries, because nobody has seen any of it.
 
-    Returns the Message of choice 0; an empty one, with the finish_reason, if it said
-    nothing. Raises what stream() raises, out of this call, with what had arrived as
-    .partial.
+    Returns the Message of choice 0, an empty one if it said nothing; its `completed` is
+    the Completed. Raises what stream() raises, out of this call, with what had arrived
+    as .partial, and TypeError for `n` over 1.
     """
+    arguments = dict(locals())
+    del api_key, headers
     message = Message()
-    for event in aggregate(stream(messages, model=model, **options)):
-        if isinstance(event, Message) and event.choice == 0:
+    for event in _start(arguments, whole=True):
+        if isinstance(event, Message):
             message = event
         elif isinstance(event, Completed):
             message.finish_reason = event.finish_reason
+            message.completed = event
     return message
 
 
@@ -786,10 +662,10 @@ def aggregate(
     Raises TypeError, out of the loop, for what is no event of this module, and what
     `events` raises; a ChatStreamError gets the messages so far as .partial.
     """
-    if not hasattr(events, "__iter__"):
-        kind = type(events).__name__
-        raise TypeError(f"events: expected an iterable of events, got a {kind}")
-    return _aggregate(iter(events), _to_bool("deltas", deltas))
+    messages = _aggregate(iter(events), deltas)
+    if isinstance(events, types.GeneratorType) and events in _clocks:
+        _clocks[messages] = _clocks[events]
+    return messages
 
 
 def decode(
@@ -798,2020 +674,1150 @@ def decode(
     """Read the body of a 2xx answer that came from anywhere: bytes -> events.
 
     blocks: any iterable of bytes, cut anywhere: a list, a file opened "rb", the
-        iter_content() of requests, a recorded body. Its end is a clean end of the answer.
+        iter_content() of requests, a recorded body. Its end is a clean end of the
+        answer.
     strict, raw: bool, as in stream().
 
-    Yields what stream() would; the choices keep the indexes that the server wrote, because
-    nobody knows what was asked for. Raises TypeError for what is no iterable of bytes, the
-    StreamErrors of stream(), and what `blocks` raises, as it is.
+    Yields what stream() would; the choices keep the indexes that the server wrote,
+    because nobody knows what was asked for. Raises TypeError for what is no iterable of
+    bytes, the StreamErrors of stream(), and what `blocks` raises, as it is.
     """
-    if isinstance(blocks, (str, bytes, bytearray)) or not hasattr(blocks, "__iter__"):
-        kind = type(blocks).__name__
-        raise TypeError(f"blocks: expected an iterable of bytes, got a {kind} alone")
-    return _decode(iter(blocks), _to_bool("strict", strict), _to_bool("raw", raw))
+    if isinstance(blocks, (str, bytes, bytearray)):
+        raise TypeError("blocks: expected an iterable of bytes, got one alone")
+    clock = _Clock()
+    body = _unpack(_check_blocks(iter(blocks)), clock)
+    return _read_answer(_Answer(strict, raw), body, clock)
 
 
 def cancel(events: Generator[Event, None, None]) -> None:
-    """Stop, from any thread, what stream() returned: its loop raises CancelledError.
+    """Stop, from any thread or signal handler, a call: its loop raises CancelledError.
 
-    events: the generator that stream() returned; not one of aggregate().
+    events: the generator that stream() returned, or the one that aggregate() made of
+        it.
 
-    Works before the first next(), between two events, in the wait before another try, and
-    while another thread waits in next(). Only a connection that is being made (a name
-    looked up, a TLS handshake, TCP but on Linux), and with `pool=` all up to the headers,
-    goes on until that wait ends by itself or at its bound. On a call that has ended it does nothing. Raises TypeError for anything else.
+    Works before the first next(), between two events, in the wait before another try,
+    and while another thread waits in next(). Only a connection that is being made, and
+    with `pool=` all up to the headers, goes on until that wait ends by itself or at its
+    bound. On a call that has ended, and on any other generator, it does nothing. Raises
+    TypeError for what is no generator.
     """
-    clock = None
-    with suppress(TypeError):  # no weak reference can be made to it
-        clock = _clocks.get(events)
-    if clock is None:
-        kind = type(events).__name__
-        raise TypeError(f"events: expected what stream() returned, got another {kind}")
-    clock.cancel()
+    clock = _clocks.get(_expect("events", events, types.GeneratorType))
+    if clock is not None:
+        clock.cancel()
 
 
-# --------------------------------------------------------------------------------------
-# How it works
-# --------------------------------------------------------------------------------------
-
-# messages, options -> _Request -> tries and waits -> one attempt -> transport: _Reply
-#                                                        |              | bytes as they come
-#                                                        |              v
-#                                                        |     framing, compression
-#                                                        v              |
-#                                              the reading loop <-------+
-#                                                        | feed(block), end(cut)
-#                                                        v
-#               _Answer: lines -> SSE -> JSON -> choices, calls, texts     (no I/O, no time)
-#                                                        | events
-#                                                        v
-#                            stream(), decode()  ->  aggregate()  ->  complete()
-#
-# Three rules hold the house together:
-#
-# 1. Each fact has one owner, which alone changes it; the others ask. Time and cancelling
-#    are the _Clock's, where a body ends is the _Framing's, what was said is the _Answer's.
-# 2. There is one rule of reading: JSON counts, however it is framed; what nobody can read
-#    is said, never dropped. A quirk of a server goes into the room of the word it is about.
-# 3. One loop is over bytes (_read_body), one over tries (_run); only the clock waits.
-#    Below feed() nobody knows of sockets or time, so decode() runs all of it on a file.
-
-
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 # Arguments -> request
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 
 
-class _URL:
-    """Where a request goes.
-
-    target: str, path and query.
-    """
-
-    def __init__(self, scheme: str, host: str, port: int, target: str) -> None:
-        self.scheme = scheme
-        self.host = host
-        self.port = port
-        self.target = target
-
-    @property
-    def origin(self) -> str:
-        return _origin(self.scheme, self.host, self.port)
-
-    @property
-    def query(self) -> str:
-        return self.target.partition("?")[2]
-
-    @property
-    def shown(self) -> str:
-        """The URL for logs and messages: query values may be secret."""
-        return self.origin + self.target.partition("?")[0]
-
-
-class _Request(SimpleNamespace):
-    """All that a try needs, but for the time."""
-
-    url: _URL
-    headers: dict[str, str]
-    body: bytes
-    one_choice: bool  # no more than one was asked for
-    key_source: str  # the environment variable of the key, "" if none is needed
-    connect_timeout: Optional[float]
-    max_retries: int
-    strict: bool
-    raw: bool
-    pool: Any
-    secrets: _Secrets
+class _Request(types.SimpleNamespace):
+    """The arguments by name, and what _prepare() makes of them."""
 
     __repr__ = object.__repr__  # another one would show the key
 
 
-def _choose_provider(provider: Any, base_url: Optional[str]) -> Provider:
-    if isinstance(provider, Provider):
-        return provider
-    if isinstance(provider, str):
-        if provider not in PROVIDERS:
-            known = ", ".join(PROVIDERS)
-            raise ValueError(
-                f"provider: expected one of {known}, or a Provider; got {provider!r}"
-            )
-        return PROVIDERS[provider]
-    if provider is not None:
-        raise TypeError(
-            f"provider: expected a name or a Provider, got a {type(provider).__name__}"
-        )
-    if base_url is not None:
-        return Provider("base_url", base_url)  # some server: no key of ours goes there
-    openai = PROVIDERS["openai"]
-    elsewhere = os.environ.get("OPENAI_BASE_URL", "").strip()
-    if not elsewhere:
-        return openai
-    key_name = openai.env_key
-    if not os.environ.get(key_name or "", "").strip():
-        key_name = None
-    return Provider(
-        openai.name, elsewhere, key_name, openai.env_key_instructions, openai.headers
+def _start(arguments: dict[str, Any], *, whole: bool) -> _Events:
+    """Both functions. Leaves nothing in `arguments`, which may hold a key."""
+    try:
+        request = _prepare(_Request(**arguments, whole=whole))
+    except Exception as error:
+        raise _without_frames(error) from None
+    finally:
+        arguments.clear()
+    clock = _Clock(request)
+    events = _run(request, clock)
+    _clocks[events] = clock
+    return events
+
+
+def _prepare(given: _Request) -> _Request:
+    provider, url_source = _choose_provider(given.provider, given.base_url)
+    url = _parse_url(url_source, provider.base_url)
+    key = _choose_key(provider, given.api_key)
+    ours = {
+        "Accept": "text/event-stream",
+        "Content-Type": "application/json",
+        "Accept-Encoding": "identity",
+        "User-Agent": f"chatstream/{__version__}",
+        **({"Authorization": f"Bearer {key}"} if key else {}),
+    }
+    _check_headers("Provider.headers", provider.headers)
+    _check_headers("headers", given.headers)
+    headers = _merge_headers(ours, provider.headers, given.headers or {})
+    pool = given.pool
+    if isinstance(pool, type) or not (pool is None or hasattr(pool, "urlopen")):
+        raise TypeError(f"pool: expected a urllib3 PoolManager, got {pool!r:.100}")
+    if _expect("max_retries", given.max_retries, int) < 0:
+        raise ValueError(f"max_retries: expected 0 or more, got {given.max_retries}")
+    for name in ("connect_timeout", "idle_timeout", "event_timeout", "deadline"):
+        value = _expect(name, getattr(given, name), int, float, None)
+        # At most what socket.settimeout() takes: milliseconds in a C int.
+        if value is not None and not 0 < value <= 2_147_483:
+            wanted = "more than 0, at most 2147483 seconds"
+            raise ValueError(f"{name}: expected {wanted}, or None; got {value!r:.99}")
+    body = _build_body(given)
+    choices = body["n"] if type(body.get("n")) is int else 1
+    if given.whole and choices > 1:
+        raise TypeError("n: complete() gives one Message; use aggregate(stream(...))")
+    return _Request(
+        **{**vars(given), "url": url, "headers": headers, "choices": max(choices, 1)},
+        content=_encode(body),
+        key_source=provider.env_key or "",
+        secrets=_Secrets(key, url.target, headers, pool),
     )
+
+
+def _expect(name: str, value: Any, *kinds: Any) -> Any:
+    """-> the value, if it is of one of the kinds (None stands for itself)."""
+    known = tuple(type(None) if kind is None else kind for kind in kinds)
+    if isinstance(value, known) and type(value) is not bool:
+        return value
+    wanted = " or ".join(getattr(kind, "__name__", "None") for kind in kinds)
+    got = "None" if value is None else type(value).__name__  # the value may be a key
+    raise TypeError(f"{name}: expected {wanted}, got {got}")
+
+
+def _choose_provider(given: Any, base_url: Any) -> tuple[Provider, str]:
+    """-> the provider with its URL, and the name of that in messages."""
+    _expect("base_url", base_url, str, None)
+    hint = " (extra_body= takes OpenRouter's)" if isinstance(given, Mapping) else ""
+    name = _expect(f"provider{hint}", given, str, Provider, None)
+    if name is None and base_url is not None:  # some server: no key of ours goes there
+        return Provider("base_url", base_url), "base_url"
+    found = name if isinstance(name, Provider) else PROVIDERS.get(name or "openai")
+    if found is None:
+        known = ", ".join(PROVIDERS)
+        raise ValueError(f"provider: expected one of {known}; got {name!r}")
+    if base_url is not None:
+        return replace(found, base_url=base_url), "base_url"
+    elsewhere = os.environ.get("OPENAI_BASE_URL", "").strip()
+    if not elsewhere or found is not PROVIDERS.get("openai"):
+        return found, "base_url"
+    has_key = os.environ.get(found.env_key or "", "").strip()
+    env_key = found.env_key if has_key else None
+    return replace(found, base_url=elsewhere, env_key=env_key), "OPENAI_BASE_URL"
 
 
 def _choose_key(provider: Provider, api_key: Any) -> str:
-    if api_key is not None and not isinstance(api_key, str):
-        raise TypeError(f"api_key: expected a str, got a {type(api_key).__name__}")
-    if api_key and not api_key.strip():
-        raise ValueError("api_key: expected a key, got blanks")
-    source, key = "api_key", api_key or ""
+    source, key = "api_key", _expect("api_key", api_key, str, None) or ""
     if not key and provider.env_key:
-        # Stripped, because files that set variables like to end in a line break.
-        source = provider.env_key
-        if not isinstance(source, str):
-            kind = type(source).__name__
-            raise TypeError(f"Provider.env_key: expected a str or None, got a {kind}")
-        key = os.environ.get(source, "").strip()
+        source, key = provider.env_key, os.environ.get(provider.env_key, "").strip()
         if not key:
-            instructions = provider.env_key_instructions or ""
-            raise MissingAPIKeyError(
-                f"no API key: set the environment variable {source} or pass api_key=. "
-                f"{instructions}".rstrip(),
-                env_key=source,
-                instructions=instructions,
-            )
-    _check_header_value(source, key)
+            how = provider.env_key_instructions or ""
+            text = f"no API key: set the variable {source} or pass api_key=. {how}"
+            raise MissingAPIKeyError(text.rstrip(), env_key=source, instructions=how)
+    if key[:1] in ("'", '"') or key.isspace():  # docker's --env-file keeps quotes
+        raise ValueError(f"{source}: expected a key, got blanks or quotation marks")
+    _check_value(source, key)
     return key
 
 
-def _check_header_value(what: str, value: str) -> None:
-    """RFC 9110, 5.5: no control characters. The value is not shown: it may be a key."""
-    if any(ord(c) < 32 and c != "\t" or ord(c) == 127 for c in value):
-        raise ValueError(f"{what}: holds a line break or another control character")
-    try:
-        value.encode("latin-1")
-    except UnicodeEncodeError:
-        raise ValueError(f"{what}: holds a character outside Latin-1") from None
-
-
-#: RFC 9110, 5.6.2: what a header's name is made of.
-_TOKEN = frozenset("!#$%&'*+-.^_`|~" + string.ascii_letters + string.digits)
-
-
-def _check_headers(what: str, headers: Any) -> Mapping[str, str]:
-    if headers is None:
-        return {}
-    if not isinstance(headers, Mapping):
-        raise TypeError(f"{what}: expected a mapping, got a {type(headers).__name__}")
-    for name, value in headers.items():
-        if not isinstance(name, str):
-            raise TypeError(f"{what}: expected str names, got a {type(name).__name__}")
-        if not name or not _TOKEN.issuperset(name):
-            raise ValueError(
-                f"{what}: expected header names (RFC 9110, 5.1), got another"
-            )
-        if not isinstance(value, str):
-            raise TypeError(
-                f"{what}[{name!r}]: expected a str, got a {type(value).__name__}"
-            )
+def _check_headers(what: str, headers: Any) -> None:
+    """RFC 9110, 5.1, 5.5 and 5.6.2. No value is shown: it may be a key."""
+    for name, value in (_expect(what, headers, Mapping, None) or {}).items():
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", _expect(what, name, str), re.A):
+            raise ValueError(f"{what}: expected names of headers, got another")
         if name.lower() in ("content-length", "transfer-encoding"):
             raise ValueError(f"{what}: {name} follows from the body, do not set it")
-        _check_header_value(f"{what}[{name!r}]", value)
-    return headers
+        _check_value(f"{what}[{name!r}]", value)
+
+
+def _check_value(what: str, value: Any) -> None:
+    if re.search(r"[^\t -~\x80-\xff]", _expect(what, value, str)):
+        raise ValueError(f"{what}: expected printable Latin-1, got a line break or so")
 
 
 def _merge_headers(*layers: Mapping[str, str]) -> dict[str, str]:
-    """Later layers replace earlier ones, whatever the case (RFC 9110, 5.1).
-
-    The first spelling stays: urllib3's ProxyManager adds Accept and Host by theirs.
-    """
+    """Later ones replace earlier ones, whatever the case (RFC 9110, 5.1)."""
     spelling = {"host": "Host"}
     merged: dict[str, str] = {}
-    for layer in layers:
-        for name, value in layer.items():
-            merged[spelling.setdefault(name.lower(), name)] = value
+    for name, value in (item for layer in layers for item in layer.items()):
+        merged[spelling.setdefault(name.lower(), name)] = value
     return merged
 
 
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-#: What the labels of a host name are made of; Docker's names have _.
-_LABEL = frozenset("-_" + string.ascii_letters + string.digits)
+_PORTS = {"http": 80, "https": 443}
 
 
-def _is_host(host: str) -> bool:
-    """A name (RFC 1123, 2.1), or an IPv6 address, perhaps with a zone."""
-    if ":" in host:
-        return _parse_address(host.partition("%")[0]) is not None
-    labels = host.removesuffix(".").split(".")
-    return len(host) < 254 and all(
-        0 < len(label) < 64 and label[0] != "-" and _LABEL.issuperset(label)
-        for label in labels
-    )
+class _URL:
+    """Where a request goes, or a proxy, with headers for it alone.
+
+    shown: without the query, which may be secret."""
+
+    def __init__(self, scheme: str, host: str, port: Any, target: str = "") -> None:
+        self.scheme, self.host, self.target = scheme, host, target
+        self.port: int = port or _PORTS[scheme]
+        self.headers: dict[str, str] = {}
+        host = f"[{host}]" if ":" in host else host
+        is_usual = self.port == _PORTS[scheme]
+        self.origin = f"{scheme}://{host}" + ("" if is_usual else f":{port}")
+        self.shown = self.origin + target.partition("?")[0]
 
 
-def _parse_url(base_url: Any) -> _URL:
-    if not isinstance(base_url, str):
-        raise TypeError(f"base_url: expected a str, got a {type(base_url).__name__}")
-    return _split_url(base_url)
+#: A host name: labels of RFC 1123, 2.1, and the _ of Docker's names.
+_HOST = r"(?=.{1,253}\.?\Z)(?:(?!-)[\w-]{1,63}\.)*(?!-)[\w-]{1,63}\.?"
 
 
 @lru_cache(maxsize=16)
-def _split_url(base_url: str) -> _URL:
-    """Check a base URL, and add the path of the endpoint."""
+def _parse_url(source: str, base_url: str) -> _URL:
+    """Check a base URL, and add the path of the endpoint. source: its name."""
     from urllib.parse import quote, urlsplit
 
-    wanted = "base_url: expected http(s)://host[:port][/path][?query]"
     base_url = base_url.strip()
-    shown = base_url.partition("?")[0].partition("#")[0][:_MAX_QUOTE]
-    if "@" in shown.partition("//")[2].partition("/")[0]:
-        raise ValueError(f"{wanted}, without user:password@; use headers= or api_key=")
-    if "@" in base_url:  # user:pass/word@host: a password all the same
-        shown = "a URL with @ in it"
     try:
         url = urlsplit(base_url)
         host, port = url.hostname or "", url.port
-        if not host.isascii():
-            host = host.encode("idna").decode("ascii")
     except ValueError:
-        raise ValueError(
-            f"{wanted}, with a valid host and port; got {shown!r}"
-        ) from None
-    if url.scheme not in ("http", "https") or not host or port == 0:
-        raise ValueError(f"{wanted}, got {shown!r}")
-    if _has_surrogate(base_url):
-        raise ValueError(f"{wanted}, in valid Unicode; got {shown!r}")
-    # Some clients take a backslash for a slash, others for a part of the host's name.
-    if any(c <= " " or c in "\\#\x7f" for c in base_url):
-        raise ValueError(
-            f"{wanted}, no blanks, no backslash and no #fragment; got {shown!r}"
-        )
-    if not _is_host(host):
-        raise ValueError(f"{wanted}, with a valid host name; got {shown!r}")
+        url, host, port = urlsplit(""), "", None
+    is_address = ":" in host and _parse_address(host.partition("%")[0]) is not None
     path = url.path.rstrip("/")
-    if path.endswith("/chat/completions"):
-        raise ValueError(
-            f"{wanted}, which is all that comes before /chat/completions; got {shown!r}"
-        )
+    for is_wrong, wanted in (
+        ("@" in base_url.partition("?")[0], "no user:password@ (use api_key=)"),
+        # IDNA 2003, which Python knows, sends some names to another domain.
+        (not host.isascii(), "the host in its xn-- form"),
+        (url.scheme not in _PORTS or not host or port == 0, "nothing else"),
+        # Some clients take a backslash for a slash.
+        (re.search(r"[\x00-\x20\\\x7f]", base_url), "no blank, no backslash"),
+        (re.search("[#\ud800-\udfff]", base_url), "no #fragment, valid Unicode"),
+        (not is_address and not re.fullmatch(_HOST, host, re.A), "a valid host name"),
+        (path.endswith("/chat/completions"), "only what is before /chat/completions"),
+    ):
+        if is_wrong:
+            form = f"expected http(s)://host[:port][/path][?query], {wanted}"
+            got = "" if "@" in base_url else re.split("[?#]", base_url)[0][:_MAX_QUOTE]
+            raise ValueError(f"{source}: {form}; got {got!r}")
     safe = "/%:@!$&'()*+,;=-._~"
     target = quote(path, safe=safe) + "/chat/completions"
     if url.query:
         target += "?" + quote(url.query, safe=safe + "?")
-    return _URL(url.scheme, host, port or _DEFAULT_PORTS[url.scheme], target)
+    return _URL(url.scheme, host, port, target)
 
 
-def _origin(scheme: str, host: str, port: int) -> str:
-    host = f"[{host}]" if ":" in host else host
-    shown = "" if port == _DEFAULT_PORTS[scheme] else f":{port}"
-    return f"{scheme}://{host}{shown}"
-
-
-def _to_seconds(name: str, value: Any) -> Optional[float]:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected seconds as a number, or None; got {value!r}")
-    if not 0 < value <= _LONGEST_TIMEOUT:
-        raise ValueError(
-            f"{name}: expected more than 0 and at most {_LONGEST_TIMEOUT} seconds, "
-            f"or None for no bound; got {value!r}"
-        )
-    return float(value)
-
-
-def _to_bool(name: str, value: Any) -> bool:
-    if value not in (True, False):
-        raise TypeError(f"{name}: expected True or False, got {value!r:.100}")
-    return bool(value)
-
-
-def _to_retries(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"max_retries: expected an int, got {value!r}")
-    if value < 0:
-        raise ValueError(f"max_retries: expected 0 or more, got {value!r}")
-    return value
-
-
-def _check_pool(pool: Any) -> None:
-    """By what it can do: urllib3 is not imported here."""
-    if pool is None:
-        return
-    able = hasattr(pool, "connection_from_url") and hasattr(pool, "urlopen")
-    kind = f"{type(pool).__module__}.{type(pool).__name__}"
-    if isinstance(pool, type) or not able:
-        raise TypeError(f"pool: expected a urllib3 PoolManager, got a {kind}")
-    classes = getattr(pool, "pool_classes_by_scheme", {}).values()
-    if not all(_is_http_client(getattr(c, "ConnectionCls", None)) for c in classes):
-        raise TypeError(
-            f"pool: expected a PoolManager of urllib3 itself, got a {kind} whose "
-            "connections are not http.client's (urllib3-future puts itself in its place)"
-        )
-
-
-def _is_http_client(connection: Any) -> bool:
-    """Whether a connection class is one of http.client's, by name, because vcrpy puts
-    others in its place."""
-    bases = getattr(connection, "__mro__", ())
-    return any(
-        base.__module__ == "http.client" and base.__name__ == "HTTPConnection"
-        for base in bases
-    )
-
-
-#: What other clients call it -> what it is called here. No server knows these members.
-_OTHER_NAMES = {
-    **dict.fromkeys(("system", "system_prompt"), "instructions="),
+#: Names of other clients, which no server knows -> what they are here.
+_THEIR_NAMES = {
+    "system system_prompt": "instructions=",
     "prompt": "messages",
-    **dict.fromkeys(("key", "apikey"), "api_key="),
-    **dict.fromkeys(("url", "api_base"), "base_url="),
-    **dict.fromkeys(
-        ("extra_headers", "default_headers", "organization", "project"), "headers="
-    ),
-    **dict.fromkeys(
-        ("extra_query", "default_query", "api_version"), "the query of base_url="
-    ),
-    **dict.fromkeys(
-        (
-            *("proxy", "proxies", "verify", "cert"),
-            *("http_client", "session", "ssl_context"),
-        ),
-        "pool=",
-    ),
-    **dict.fromkeys(("retries", "num_retries"), "max_retries="),
-    **dict.fromkeys(
-        ("timeout", "request_timeout", "total_timeout"),
-        "connect_timeout=, idle_timeout=, event_timeout= and deadline=",
-    ),
+    "key apikey": "api_key=",
+    "url api_base": "base_url=",
+    "extra_headers default_headers organization project": "headers=",
+    "extra_query default_query api_version": "the query of base_url=",
+    "proxy proxies verify cert http_client session ssl_context": "pool=",
+    "retries num_retries": "max_retries=",
+    "timeout request_timeout total_timeout": "connect_timeout=, idle_timeout=, "
+    "event_timeout= and deadline=",
 }
 
 
-def _build_body(
-    messages: Any, model: Any, instructions: Any, params: Any, extra_body: Any
-) -> dict[str, Any]:
-    if not isinstance(model, str):
-        raise TypeError(f"model: expected a str, got {model!r}")
-    if not model.strip():
-        raise ValueError(f"model: expected a model's name, got {model!r}")
-    if instructions is not None and not isinstance(instructions, str):
-        raise TypeError(
-            f"instructions: expected a str or None, got a {type(instructions).__name__}"
-        )
-    if extra_body is not None and not isinstance(extra_body, Mapping):
-        raise TypeError(
-            f"extra_body: expected a mapping, got a {type(extra_body).__name__}"
-        )
-    extra_body = extra_body or {}
-    if "stream" in params or "stream" in extra_body:
-        raise TypeError(
-            "stream: it is always true; use complete() or aggregate() for whole messages"
-        )
-    for name in params:
-        if name in _OTHER_NAMES:
-            raise TypeError(
-                f"{name}: expected {_OTHER_NAMES[name]} for this; a member of the "
-                "request's body that has this name goes into extra_body="
-            )
-    history = [{"role": "system", "content": instructions}] if instructions else []
-    history += _list_messages(messages)
-    return {
-        "model": model,
-        "messages": history,
-        "stream": True,
-        **params,
-        **extra_body,
-    }
-
-
-_write_json = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
-
-
-def _encode_body(body: dict[str, Any]) -> bytes:
-    try:
-        return _write_json(body).encode()
-    except (TypeError, ValueError, RecursionError):
-        pass  # which member is it?
-    for name, value in body.items():
-        try:
-            _write_json({name: value})
-        except RecursionError:
-            raise ValueError(f"{name}: nested too deeply for JSON") from None
-        except (TypeError, ValueError) as error:
-            text = f"{name!s:.100}: expected what JSON can hold: {error}"
-            raise type(error)(text) from None
-    raise ValueError("the request's body cannot be written as JSON")
-
-
-def _list_messages(messages: Any) -> list[dict[str, Any]]:
-    wanted = "a str, or a sequence of dicts and Messages"
+def _build_body(given: _Request) -> dict[str, Any]:
+    if not _expect("model", given.model, str).strip():
+        raise ValueError(f"model: expected a model's name, got {given.model!r}")
+    _expect("instructions", given.instructions, str, None)
+    extra_body = _expect("extra_body", given.extra_body, Mapping, None) or {}
+    if "stream" in {*given.params, *extra_body}:
+        raise TypeError("stream: it is always true; for messages there is aggregate()")
+    for theirs, ours in _THEIR_NAMES.items():
+        for name in given.params.keys() & set(theirs.split()):
+            raise TypeError(f"{name}: expected {ours}, or extra_body= for the member")
+    messages, wanted = given.messages, "a str, or a list of mappings and Messages"
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}] if messages else []
-    elif isinstance(messages, (bytes, Mapping, Message)):
-        kind = type(messages).__name__
-        raise TypeError(f"messages: expected {wanted}, got a {kind}")
-    try:
-        messages = list(messages)
-    except TypeError:
-        kind = type(messages).__name__
-        raise TypeError(f"messages: expected {wanted}, got a {kind}") from None
-    if not messages:
+    if isinstance(messages, (bytes, Mapping)) or not hasattr(messages, "__iter__"):
+        raise TypeError(f"messages: expected {wanted}, got {type(messages).__name__}")
+    history: list[Any] = []
+    for item in messages:
+        _expect(f"messages[{len(history)}]", item, Mapping, Message)
+        history.append(item.to_dict() if isinstance(item, Message) else dict(item))
+    if not history:
         raise ValueError(f"messages: empty; expected {wanted}")
-    for position, message in enumerate(messages):
-        if not isinstance(message, (dict, Message)):
-            kind = type(message).__name__
-            raise TypeError(
-                f"messages[{position}]: expected a dict or Message, got {kind}"
-            )
-    return [m.to_dict() if isinstance(m, Message) else m for m in messages]
+    if given.instructions:
+        history.insert(0, {"role": "system", "content": given.instructions})
+    params = {name: value for name, value in given.params.items() if value is not None}
+    start = {"model": given.model, "messages": history, "stream": True}
+    return {**start, **params, **extra_body}
 
 
-# --------------------------------------------------------------------------------------
+def _encode(body: dict[str, Any]) -> bytes:
+    """Strict servers refuse half a surrogate pair: it goes out as U+FFFD."""
+    try:
+        options: Any = {"allow_nan": False, "separators": (",", ":")}
+        text = json.dumps(body, ensure_ascii=False, **options)
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"the request's body: expected JSON: {error}") from None
+    return _valid_unicode(text).encode()
+
+
+# ----------------------------------------------
 # Secrets, and texts that are shown
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 
-
-#: A header whose name holds one of these has a secret value.
+#: Words in the names of headers whose values are secret.
 _SECRET_NAMES = ("auth", "key", "token", "secret", "cookie")
-
-#: A shorter value is a dummy ("ollama"), and would be found everywhere.
-_SHORTEST_SECRET = 8
 
 
 class _Secrets:
-    """What must be seen in no error and no log line, even if the server sends it back."""
+    """What is seen in no error and no log line, even if the server sends it back. Texts
+    are hidden first and cut later: no half of a secret stands at a cut."""
 
-    def __init__(self, *values: str) -> None:
-        self._values = set(values)
-        self._forms: list[str] = []  # as they may be written; [] until they are needed
+    def __init__(self, key: str, target: str, headers: Any, pool: Any) -> None:
+        self.are_sent = False
+        self._values = {key, *re.findall("=([^&]*)", target.partition("?")[2])}
+        more = [getattr(pool, name, None) for name in ("headers", "proxy_headers")]
+        for layer in (headers, *more):
+            for name, value in (layer or {}).items():
+                if any(word in name.lower() for word in _SECRET_NAMES):
+                    self.are_sent = True
+                    self.add(value, value.rpartition(" ")[2])
 
     def add(self, *values: str) -> None:
         self._values.update(values)
-        self._forms = []
-
-    def add_headers(self, headers: Mapping[str, str]) -> None:
-        for name, value in headers.items():
-            if any(word in name.lower() for word in _SECRET_NAMES):
-                self.add(value, value.rpartition(" ")[2])
-
-    def add_query(self, query: str) -> None:
-        from urllib.parse import unquote
-
-        for pair in query.split("&"):
-            value = pair.partition("=")[2]
-            self.add(value, unquote(value))
 
     def hide(self, text: str) -> str:
-        self._forms = self._forms or self._list_forms()
-        for form in self._forms:
-            text = text.replace(form, "***")
+        from urllib.parse import unquote
+
+        forms = {*self._values, *map(unquote, self._values)}
+        forms |= {json.dumps(form)[1:-1] for form in forms}
+        forms |= {form.replace("/", "\\/") for form in forms}
+        # The longest first, since one may begin another; short ones are dummies.
+        for form in sorted(forms, key=len, reverse=True):
+            text = text.replace(form, "***") if len(form) >= 8 else text
         return text
-
-    def hide_in_start(self, text: str) -> str:
-        """The same of the start of a text, which may end in half a secret."""
-        text = self.hide(text)
-        for form in self._forms:
-            for size in range(len(form) - 1, 3, -1):
-                if text.endswith(form[:size]):
-                    return text[:-size] + "***"
-        return text
-
-    def _list_forms(self) -> list[str]:
-        forms = set()
-        for value in self._values:
-            if len(value) >= _SHORTEST_SECRET:
-                escaped = json.dumps(value)[1:-1]
-                forms |= {value, escaped, escaped.replace("/", "\\/")}
-        # A secret that begins another one must not be looked for before it.
-        return sorted(forms, key=len, reverse=True)
-
-    def hide_in(self, value: Any, depth: int = 0) -> Any:
-        """The same value, fit to be shown: without secrets, and valid Unicode."""
-        if isinstance(value, str):
-            return self.hide(_replace_surrogates(value))
-        if isinstance(value, (list, tuple, dict)) and depth > 50:
-            return "..."
-        if isinstance(value, (list, tuple)):
-            return type(value)(self.hide_in(item, depth + 1) for item in value)
-        if isinstance(value, dict):
-            return {
-                self.hide_in(key): self.hide_in(item, depth + 1)
-                for key, item in value.items()
-            }
-        return value
 
     def clean(self, error: ChatStreamError) -> None:
-        """Leave no secret in an error and its causes, and one line of text."""
-        vars(error).update(self.hide_in(vars(error)))
+        """No secret in an error and its causes, one line of text, no frames."""
+        vars(error).update(self._hide_in(vars(error)))
         error.args = (_one_line(self.hide(str(error)), _MAX_TEXT),)
-        seen: list[BaseException] = [error]
-        cause = error.__cause__ or error.__context__
-        while cause is not None and cause not in seen:
-            seen.append(cause)
-            shown = repr((cause.args, vars(cause)))
-            if self.hide(shown) != shown:
-                cause.args = self.hide_in(cause.args)
-                vars(cause).update(self.hide_in(vars(cause)))
-            cause = cause.__cause__ or cause.__context__
+        for cause in _chain(error)[1:]:
+            cause.args = self._hide_in(cause.args)
+            vars(cause).update(self._hide_in(vars(cause)))
+            _without_frames(cause)
+
+    def _hide_in(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, dict):
+            return {self._hide_in(name): self._hide_in(v) for name, v in value.items()}
+        is_list = type(value) in (list, tuple)
+        return type(value)(map(self._hide_in, value)) if is_list else value
 
 
-#: C0, DEL and C1: what a terminal would obey.
+def _chain(error: Optional[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """Without what held the key: the functions that it came through."""
+    for item in _chain(error):
+        item.__traceback__ = None
+    return error
+
+
+#: Characters of a sentence, of a quotation, and of an error's text.
+_MAX_SENTENCE, _MAX_QUOTE, _MAX_TEXT = 2000, 200, 4000
+
+#: What a terminal would obey.
 _CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], " ")
 
 
-#: What words are made of; keys are such words.
-_WORD = string.ascii_letters + string.digits + "-_+/=.~%"
-
-
 def _one_line(text: str, most: int) -> str:
-    """At most `most` characters of the text, fit for one line of a terminal.
-
-    It is never cut inside a word: half a key would stand there, and be found by nobody.
-    """
-    start = _replace_surrogates(text[: 4 * most])
-    line = " ".join(start.translate(_CONTROLS).split())
-    if len(line) <= most and len(text) <= 4 * most:
-        return line
-    return line[: most - 3].rstrip(_WORD) + "..."
+    line = " ".join(_valid_unicode(text[: 4 * most]).translate(_CONTROLS).split())
+    is_whole = len(line) <= most and len(text) <= 4 * most
+    return line if is_whole else line[: most - 3] + "..."
 
 
-def _replace_surrogates(text: str) -> str:
-    """Make valid Unicode of it: pairs are joined, and a lone half becomes U+FFFD."""
+def _valid_unicode(text: str) -> str:
+    """Surrogate pairs are joined, and a lone half becomes U+FFFD."""
     if text.isascii():
         return text
-    return _to_utf16(text).decode("utf-16-le", "replace")
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _to_utf16(text: str) -> bytes:
-    return text.encode("utf-16-le", "surrogatepass")
-
-
-def _has_surrogate(text: str) -> bool:
+def _dump(value: Any) -> str:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return '"..."'
 
 
-def _is_from_handler(error: BaseException) -> bool:
-    """Whether a signal handler of the caller's raised it.
-
-    Python calls a handler with the frame that it interrupts, so in the traceback a frame
-    that holds the one before it among its arguments is a handler's. Those that do not
-    keep it are known by their code, as long as they are installed.
-    """
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        interrupted, inner = trace.tb_frame, trace.tb_next.tb_frame
-        trace = trace.tb_next
-        if inner.f_globals is vars(json.decoder):
-            continue  # it says that something is no JSON, as it often does
-        for value in list(inner.f_locals.values()):
-            inside = value if isinstance(value, tuple) else (value,)
-            if any(item is interrupted for item in inside):
-                return True
-        if inner.f_code in _handler_codes():
-            return True
-    return False
+# ----------------------------------------------
+# The clock, and cancelling
+# ----------------------------------------------
 
 
-def _handler_codes() -> list[Any]:
-    import signal
-
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    return [getattr(h, "__code__", None) for h in handlers if callable(h)]
-
-
-def _pass_on(error: BaseException) -> None:
-    """Raise as it is what is ours or the caller's, and was caught for its class."""
-    if isinstance(error, ChatStreamError) or _is_from_handler(error):
-        raise error
+def _is_timeout(error: BaseException) -> bool:
+    """Not ETIMEDOUT, which has an errno: that is a connection that failed. (The two
+    classes are one since Python 3.10.)"""
+    return isinstance(error, (socket.timeout, TimeoutError)) and error.errno is None
 
 
-# --------------------------------------------------------------------------------------
-# Time, and cancelling
-# --------------------------------------------------------------------------------------
+class _TimeIsUp(Exception):
+    """A wait has taken as long as it may."""
 
 
 class _Clock:
-    """How long a call may still wait: the one owner of time, and of cancelling.
+    """How long a call may wait: the owner of time, and of cancelling, which comes from
+    other threads and signal handlers. is_pressing: bool, check() may raise."""
 
-    Before each wait on the socket, that gets the time that is left. cancel() comes from
-    other threads; all else from the one that runs the call.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        idle_timeout: Optional[float],
-        event_timeout: Optional[float],
-        deadline: Optional[float],
-    ) -> None:
-        self._url = url
-        self._idle_timeout = idle_timeout
-        self._event_timeout = event_timeout
-        self._deadline = deadline
-        self._call_ends = math.inf
-        self._event_ends = math.inf  # until the headers are there
-        self._phase_ends = math.inf
-        self._has_headers = False
+    def __init__(self, request: Optional[_Request] = None) -> None:
+        self.idle_timeout = getattr(request, "idle_timeout", None)
+        self.event_timeout = getattr(request, "event_timeout", None)
+        self._deadline: Any = getattr(request, "deadline", None)
+        self._url = request.url.shown if request else ""
+        self._call_ends = self._event_ends = math.inf
+        self._phase = ""
         self._lock = threading.RLock()  # a signal handler may cancel() at any moment
-        self._woken = threading.Event()
-        self._sock: Any = None  # the socket that a cancel() shuts down
+        self._sleeping = threading.Lock()
+        self._sleeping.acquire()
+        self._sock: Any = None
         self._cancelled = False
-        self.may_end_call = deadline is not None  # check_call() may raise
-
-    # What the call tells it
-
-    def start_call(self) -> None:
-        self._call_ends = self.moment_after(self._deadline)
+        self.is_pressing = self._deadline is not None
 
     def start_try(self) -> None:
+        if self._deadline is not None and math.isinf(self._call_ends):
+            self._call_ends = time.monotonic() + self._deadline
         self._event_ends = math.inf
-        self._has_headers = False
+        self._phase = " before the headers"
         self.check()
 
-    def start_event(self) -> None:
-        """The headers have come, or a chunk that said something."""
-        self._has_headers = True
-        self._event_ends = self.moment_after(self._event_timeout)
+    def start_event(self, seconds: Optional[float] = None) -> None:
+        """The next chunk that says something may take event_timeout, or so many
+        seconds."""
+        self._phase = ""
+        bound = self.event_timeout if seconds is None else seconds
+        self._event_ends = math.inf if bound is None else time.monotonic() + bound
 
-    def leave_out(self, seconds: float) -> None:
-        """So long the caller had the turn, which does not count."""
-        self._event_ends += seconds
-
-    @contextmanager
-    def phase(self, seconds: float) -> Iterator[None]:
-        """In here, all reading together may take so long.
-
-        What then ends it is nobody's error: both who use this suppress it.
-        """
-        self._phase_ends = self.moment_after(seconds)
-        try:
-            yield
-        finally:
-            self._phase_ends = math.inf
-
-    # What others ask it
-
-    def left_of(self, seconds: Optional[float]) -> Optional[float]:
-        """-> `seconds` (None: no bound), or what is left of the deadline if that is less."""
-        self.check()
-        left = self._call_ends - time.monotonic()
-        bound = left if seconds is None else min(seconds, left)
-        return None if math.isinf(bound) else max(bound, 0.001)
-
-    def moment_after(self, seconds: Optional[float]) -> float:
-        """-> the moment so many seconds from now; None: never."""
-        return math.inf if seconds is None else time.monotonic() + seconds
-
-    def has_time_for(self, seconds: float) -> bool:
-        """Whether a wait of so many seconds would end before the deadline."""
-        return time.monotonic() + seconds < self._call_ends
-
-    def check_cancelled(self) -> None:
+    def check_cancel(self) -> None:
         if self._cancelled:
             raise CancelledError(f"{self._url}: cancel() was called")
 
-    def check_call(self) -> None:
-        """Raise CancelledError or DeadlineError if it is time."""
-        self.check_cancelled()
-        if time.monotonic() >= self._call_ends:
-            seconds = self._deadline or 0.0
-            text = f"{self._url}: not done within {seconds:g} s (deadline)"
-            raise DeadlineError(text, seconds=seconds)
-
     def check(self) -> None:
-        """Raise CancelledError, DeadlineError or IdleTimeoutError if it is time."""
-        self.check_call()
-        now = time.monotonic()
-        if now >= self._event_ends:
+        """Raise CancelledError or DeadlineError if it is time."""
+        self.check_cancel()
+        if time.monotonic() >= self._call_ends:
+            text = f"{self._url}: not done within {self._deadline:g} s (deadline)"
+            raise DeadlineError(text, seconds=float(self._deadline))
+
+    def check_event(self) -> None:
+        """The same, and IdleTimeoutError for the event's bound."""
+        self.check()
+        if time.monotonic() >= self._event_ends:
             what = "bytes came, but no chunk with anything in it"
-            raise self._idle(what, self._event_timeout, "event_timeout")
-        if now >= self._phase_ends:
-            raise self._idle("the body did not end", None, "a bound of its own")
+            raise self.silence("event_timeout", what)
 
-    @property
-    def idle_timeout(self) -> Optional[float]:
-        return self._idle_timeout
-
-    def silence_error(self) -> IdleTimeoutError:
-        """What to raise where a read has not got even one byte in time."""
-        return self._idle("the server sent nothing", self._idle_timeout, "idle_timeout")
-
-    def _idle(
-        self, what: str, seconds: Optional[float], bound: str
+    def silence(
+        self, bound: str = "idle_timeout", what: str = "the server sent nothing"
     ) -> IdleTimeoutError:
-        seconds = seconds or 0.0
-        where = "" if self._has_headers else " before the headers"
-        return IdleTimeoutError(
-            f"idle timeout waiting for SSE: {self._url}: {what} for {seconds:g} s"
-            f"{where} ({bound})",
-            seconds=seconds,
-        )
+        seconds = float(getattr(self, bound) or 0)
+        text = f"idle timeout waiting for SSE: {self._url}: {what}"
+        text += f" for {seconds:g} s{self._phase} ({bound})"
+        return IdleTimeoutError(text, seconds=seconds)
 
-    # Waits
+    def bound(self, seconds: Optional[float]) -> Optional[float]:
+        """-> the least of a wait's seconds, the event's and the call's; None: none."""
+        left = min(self._call_ends, self._event_ends) - time.monotonic()
+        if left <= 0 or self._cancelled:
+            self.check_event()
+        if seconds is not None and seconds < left:
+            return seconds
+        return None if math.isinf(left) else max(left, 0.001)
 
-    def read(self, sock: Any, read: Callable[[Any], Any], argument: Any) -> Any:
-        """`read(argument)`, which waits on `sock`, within the time that is left."""
+    def wait(self, sock: Any, seconds: Any, function: Any, *args: Any) -> Any:
+        """`function(*args)`, which waits on the socket. Raises _TimeIsUp after so many
+        seconds, or the error of another bound. A TimeoutError before is a signal
+        handler's."""
         started = time.monotonic()
-        least = min(self._call_ends, self._event_ends, self._phase_ends) - started
-        if least <= 0 or self._cancelled:
-            self.check()
-        if self._idle_timeout is not None and self._idle_timeout < least:
-            least = self._idle_timeout
-        seconds = None if math.isinf(least) else max(least, 0.001)
-        get = getattr(sock, "gettimeout", None)  # pyOpenSSL's has none
-        if get is None or get() != seconds:  # asking is no system call
-            sock.settimeout(seconds)
+        bound = self.bound(seconds)
+        if sock is not None and sock.gettimeout() != bound:  # to ask is no system call
+            sock.settimeout(bound)
         try:
-            data = read(argument)
+            result = function(*args)
         except OSError as error:
-            # A timeout before its time is a signal handler's, or TCP's own ETIMEDOUT.
-            is_early = time.monotonic() - started < least - 0.01
-            is_timeout = isinstance(error, socket.timeout) and not is_early
-            if _is_from_handler(error):
-                raise
-            if self._cancelled or is_timeout:
-                self.check()
-            if is_timeout:
-                raise self.silence_error() from None
+            self.check_cancel()
+            took = time.monotonic() - started
+            if bound is not None and took >= bound - 0.01 and _is_timeout(error):
+                self.check_event()
+                raise _TimeIsUp from None
             raise
-        if self._cancelled:
-            self.check()
-        return data
+        self.check_cancel()
+        return result
 
-    def connect(self, seconds: Optional[float], sock: Any, address: Any) -> None:
-        """`sock.connect(address)`, within so many seconds (None: no bound) and what is
-        left of the deadline."""
-        sock.settimeout(self.left_of(seconds))
-        self.watch(sock)
-        sock.connect(address)
+    def read(self, sock: Any, function: Any, *args: Any) -> Any:
+        try:
+            return self.wait(sock, self.idle_timeout, function, *args)
+        except _TimeIsUp:
+            raise self.silence() from None
 
-    def read_before(
-        self, end: float, sock: Any, read: Callable[[Any], Any], argument: Any
-    ) -> Any:
-        """The same as read() while connecting: all reads have until a moment, and no
-        other bound than that and the deadline."""
-        seconds = self.left_of(end - time.monotonic())
-        if time.monotonic() >= end:
-            raise socket.timeout("timed out")
-        sock.settimeout(seconds)
-        return read(argument)
+    def has_time_for(self, seconds: float) -> bool:
+        return time.monotonic() + seconds < self._call_ends
 
     def sleep(self, seconds: float) -> None:
-        """The wait before another try, or until a cancel(), which start_try() raises."""
-        _sleep(seconds, self._woken)
-
-    # Cancelling
+        """A plain lock's wait: that of an Event is not re-entrant for a signal
+        handler."""
+        self._sleeping.acquire(timeout=seconds)
 
     def watch(self, sock: Any) -> None:
-        """cancel() is to shut this socket down."""
         with self._lock:
             self._sock = sock
-        self.check()
-
-    def unwatch(self) -> None:
-        """Its connection goes back to the pool, or is closed."""
-        with self._lock:
-            self._sock = None
 
     def cancel(self) -> None:
         with self._lock:
-            self._cancelled = self.may_end_call = True
-            self._woken.set()
-            if self._sock is not None:
-                # The base class's: SSLSocket's own would take the TLS object away under
-                # the thread that reads from it. This one wakes it.
-                inner = getattr(self._sock, "socket", self._sock)  # TLS inside TLS
-                with suppress(OSError, TypeError):
-                    socket.socket.shutdown(inner, socket.SHUT_RDWR)
+            self._cancelled = self.is_pressing = True
+            with suppress(RuntimeError):  # it was released before
+                self._sleeping.release()
+            # SSLSocket's own would take the TLS object away under the reader.
+            with suppress(OSError, TypeError):
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
 
-def _sleep(seconds: float, woken: threading.Event) -> None:
-    """The wait between two tries."""
-    woken.wait(seconds)
-
-
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 # Tries and waits
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
+
+#: Seconds: the first and the longest wait between two tries; what a server may ask for.
+_FIRST_BACKOFF, _LONGEST_BACKOFF, _LONGEST_RETRY_AFTER = 0.2, 30.0, 120.0
 
 
-class _Failed(Exception):
-    """A try ended in `error`; whether another one may help, and after what wait.
+class _Retryable(ChatStreamError):
+    """A try ended in `error`; another one may help, after `wait` seconds or the
+    backoff."""
 
-    wait: seconds that the server asked for; None: the backoff.
-    """
-
-    def __init__(
-        self,
-        error: ChatStreamError,
-        *,
-        again: bool,
-        wait: Optional[float] = None,
-    ) -> None:
-        super().__init__(error)
-        self.error = error
-        self.again = again
-        self.wait = wait
+    error: Any
+    wait: Optional[float]
+    _fields = {"error": None, "wait": None}
 
 
-def _run(request: _Request, clock: _Clock) -> Generator[Event, None, None]:
+def _run(request: _Request, clock: _Clock) -> _Events:
     """The retry loop around _attempt()."""
-    clock.start_call()
-    delays = _backoff()
+    import random
+
+    backoff = _FIRST_BACKOFF
     for attempt in itertools.count(1):
+        events = _attempt(request, clock)
         try:
-            yield from _attempt(request, clock)
+            yield from _aggregate(events, False) if request.whole else events
             return
-        except _Failed as failed:
-            error, cause = failed.error, failed.__cause__
-            again, delay = failed.again, failed.wait
-        if isinstance(error, (TransportError, RetryLimitError)):
+        except _Retryable as failed:
+            error, wait = failed.error, failed.wait
+            error.partial = failed.partial
+        except TransportError as failure:
+            failure.attempts = attempt
+            raise
+        if hasattr(error, "attempts"):
             error.attempts = attempt
-        if delay is None:
-            delay = next(delays)
-        last = attempt > request.max_retries or delay > _LONGEST_RETRY_AFTER
-        if not again or last or not clock.has_time_for(delay):
+        # At random, so that not all come back in one moment; a server's wait is the
+        # least.
+        if wait is None:
+            delay = min(backoff * random.uniform(0.9, 1.1), _LONGEST_BACKOFF)
+            backoff *= 2
+        else:
+            delay = wait + random.uniform(0, min(wait / 10, 1.0))
+        is_last = attempt > request.max_retries or (wait or 0) > _LONGEST_RETRY_AFTER
+        if is_last or not clock.has_time_for(delay):
             if attempt > 1:
                 error.args = (f"{error} ({attempt} attempts)",)
-            raise error from cause
-        _log.warning(
-            "%s; try %d of %d in %.2f s",
-            error,
-            attempt + 1,
-            request.max_retries + 1,
-            delay,
-        )
+            raise error
+        tries = f"try {attempt + 1} of {request.max_retries + 1}"
+        _log.warning("%s; %s in %.2f s", error, tries, delay)
         clock.sleep(delay)
 
 
-def _backoff() -> Iterator[float]:
-    """0.2 s, doubling; times 0.9 to 1.1, so that not all clients come back together."""
-    import random
-
-    delay = _FIRST_BACKOFF
-    while True:
-        yield min(delay * random.uniform(0.9, 1.1), _LONGEST_BACKOFF)
-        delay = min(delay * 2, _LONGEST_BACKOFF)
+#: The headers that name a request, the most telling first.
+_REQUEST_IDS = ["x-request-id", "apim-request-id", "x-ms-request-id"]
+_REQUEST_IDS += ["x-generation-id", "x-litellm-call-id", "cf-ray"]
 
 
-def _attempt(request: _Request, clock: _Clock) -> Generator[Event, None, None]:
-    """One request and its answer. Raises _Failed where that may be tried again."""
+def _attempt(request: _Request, clock: _Clock) -> _Events:
     clock.start_try()
-    if _log.isEnabledFor(logging.DEBUG):
-        shown = request.body[:_MAX_LOGGED].decode()  # json.dumps() wrote ASCII
-        shown = request.secrets.hide_in_start(shown)
+    if _log.isEnabledFor(logging.DEBUG):  # not the whole of an image
+        shown = request.secrets.hide(request.content.decode())[:2000]
         _log.debug("POST %s %s", request.url.shown, shown)
-    request_id = ""
-    reply = None
+    started = time.monotonic()
+    request_id, reply = "", None
     try:
-        reply = _open(request, clock)
-        request_id = _find_request_id(reply.headers)
+        reply = (_open if request.pool is None else _open_in_pool)(request, clock)
         clock.start_event()
+        headers = reply.headers
+        request_id = next((headers[n] for n in _REQUEST_IDS if headers.get(n)), "")
+        seconds = time.monotonic() - started
+        _log.debug("%d in %.3f s, request id %r", reply.status, seconds, request_id)
         if not 200 <= reply.status < 300:
             raise _status_failure(request, reply, clock)
-        yield from _read_answer(request, reply, clock, request_id)
-    except (_Failed, ChatStreamError) as failure:
-        error = failure.error if isinstance(failure, _Failed) else failure
+        yield from _read_reply(request, reply, clock, request_id)
+        _log.debug("done in %.3f s", time.monotonic() - started)
+    except ChatStreamError as failure:
+        error = failure.error if isinstance(failure, _Retryable) else failure
         error.request_id = error.request_id or request_id
         error.__cause__ = error.__cause__ or failure.__cause__
         request.secrets.clean(error)
-        raise
+        raise failure.with_traceback(None) from failure.__cause__
     finally:
-        clock.unwatch()
+        clock.watch(None)
         if reply is not None:
             reply.close()
 
 
-#: The headers that name a request, the most telling first.
-_REQUEST_ID_HEADERS = (
-    "x-request-id",
-    "apim-request-id",
-    "x-ms-request-id",
-    "x-generation-id",
-    "x-litellm-call-id",
-    "cf-ray",
-)
+#: In this time the body may end behind [DONE], so that its connection is free.
+_GRACE_SECONDS = 0.05
 
 
-def _find_request_id(headers: Mapping[str, str]) -> str:
-    return next((headers[n] for n in _REQUEST_ID_HEADERS if headers.get(n)), "")
-
-
-def _read_answer(
-    request: _Request, reply: _Reply, clock: _Clock, request_id: str
-) -> Generator[Event, None, None]:
-    """The events of a 2xx reply, from its bytes to its Completed or its error."""
-    answer = _Answer(
-        strict=request.strict,
-        raw=request.raw,
-        one_choice=request.one_choice,
-        content_type=reply.headers.get("content-type", ""),
-        request_id=request_id,
-        headers=reply.headers,
-        hide=request.secrets.hide,
-    )
-    body = _read_body(reply, clock)
-    cut: Union[StreamError, DeadlineError, None] = None
+def _read_reply(request: _Request, reply: _Reply, clock: _Clock, name: str) -> _Events:
+    known: Any = {"headers": dict(reply.headers), "request_id": name}
+    answer = _Answer(request.strict, request.raw, request.choices, **known)
+    answer.hide = request.secrets.hide
+    body = _unpack(_receive(reply), clock)
     try:
-        while not answer.done:
-            try:
-                block = next(body, None)
-            except (StreamError, DeadlineError) as fault:
-                cut = fault
-                break
-            if block is None:
-                break
-            said, started = answer.said, time.monotonic() if request.raw else 0.0
-            for event in answer.feed(block):
-                if clock.may_end_call:
-                    clock.check_call()
-                yield event
-            if answer.said != said:
-                clock.start_event()
-            elif request.raw:  # all else that is yielded says something
-                clock.leave_out(time.monotonic() - started)
-        for event in answer.end(cut):
-            clock.check_cancelled()
-            yield event
+        yield from _read_answer(answer, body, clock)
     except TruncatedStreamError as fault:
-        if fault is not cut or answer.started:
+        if fault is not answer.cut or (answer.started and not request.whole):
             raise
-        error = TransportError(f"{request.url.shown}{reply.via}: {fault}")
-        raise _Failed(error, again=True) from fault.__cause__
-    except ServerError as error:
-        if answer.started or not _is_passing(error):
+        outer = fault if answer.started else TransportError(f"{reply.where}: {fault}")
+        raise _Retryable(error=outer) from fault.__cause__
+    except ServerError as fault:
+        text, words = _dump(fault.raw), {str(fault.code), str(fault.type)}
+        may_heal = not words.isdisjoint(_PASSING) and _SPENT not in text
+        if answer.started or not _may_retry(reply.headers, may_heal):
             raise
-        again = reply.headers.get("x-should-retry", "").lower() != "false"
-        raise _Failed(error, again=again, wait=_retry_after(reply.headers)) from None
+        wait = _retry_after(reply.headers, text)
+        raise _Retryable(error=fault, wait=wait) from None
     finally:  # also for a caller who leaves at Completed, as next(aggregate(...)) does
         if answer.done:
-            with suppress(ChatStreamError), clock.phase(_GRACE_SECONDS):
+            clock.start_event(_GRACE_SECONDS)
+            with suppress(ChatStreamError, _Cut):
                 for _ in body:
                     pass
-    _log.debug("done: %d", reply.status)
 
 
-#: The statuses that another try may heal.
-_PASSING_STATUSES = (408, 429, *range(500, 600))
+#: The statuses and words of errors that another try may heal.
+_PASSING = {*map(str, (408, 429, *range(500, 600))), "server_error", "overloaded_error"}
+_PASSING |= {"rate_limit_error", "rate_limit_exceeded"}
 
-#: As an error's code or type: the same said in words; and what no other try heals.
-_PASSING_WORDS, _SPENT = ("server_error", "overloaded_error"), "insufficient_quota"
-
-
-def _is_passing(error: ServerError) -> bool:
-    """Whether an error that is an answer's first word is like a status to be retried."""
-    said = (error.code, error.type)
-    if _SPENT in said:
-        return False
-    if any(word in said for word in _PASSING_WORDS):
-        return True
-    return str(error.code).removesuffix(".0") in map(str, _PASSING_STATUSES)
+#: A used-up quota, which none heals; gateways put it anywhere into their own error.
+_SPENT = "insufficient_quota"
 
 
-# --------------------------------------------------------------------------------------
-# The reading loop: a reply -> the bytes of its body
-# --------------------------------------------------------------------------------------
+def _may_retry(headers: Mapping[str, str], may_heal: bool) -> bool:
+    asked = headers.get("x-should-retry", "").lower()
+    return {"true": True, "false": False}.get(asked, may_heal)
 
 
-def _read_body(reply: _Reply, clock: _Clock) -> Iterator[bytes]:
-    """The body as it arrives, without framing and compression.
+def _retry_after(headers: Mapping[str, str], text: str) -> Optional[float]:
+    """The seconds that a server asks to wait: in its headers, as a number or an
+    HTTP-date (RFC 9110, 5.6.7), or as Gemini's retryDelay anywhere in its error. None:
+    none."""
+    import calendar
+    from email.utils import parsedate
 
-    Ends where the body properly does; else raises, after all that had arrived, the
-    TruncatedStreamError or IdleTimeoutError or DeadlineError that says how it ended.
-    """
-    framing = reply.open_body()
-    unpacking = _Unpacking(reply.headers.get("content-encoding", ""))
-    while not framing.ended:
-        block = reply.read()
-        data = framing.feed(block) if block else framing.end()
-        if unpacking.is_plain:
-            if data:
-                yield data
-        else:
-            for piece in unpacking.feed(data):
-                yield piece
-                clock.check()  # much may unpack from little
-        if framing.fault:
-            raise _cut(framing.fault)
-    yield from unpacking.end()
+    found = re.search(r'"retryDelay\\*"\s*:\s*\\*"([0-9.]+)s\\*"', text)
+    after = headers.get("retry-after", "")
+    milliseconds = headers.get("retry-after-ms", "")
+    delay = found[1] if found else ""
+    for value, unit in ((milliseconds, 0.001), (after, 1.0), (delay, 1.0)):
+        # What nonsense raises in parsedate(), the last one on 3.9
+        with suppress(TypeError, ValueError, OverflowError, IndexError):
+            if value[:1].isalpha():
+                seconds = calendar.timegm(parsedate(value) or ()) - time.time()
+            else:
+                seconds = float(value.split(",")[0]) * unit
+            if 0 < seconds < math.inf:
+                return seconds
+    return None
+
+
+# ----------------------------------------------
+# The body: framing, compression, and the loop over it
+# ----------------------------------------------
+
+# http.client would undo the framing, too. But it takes a body shorter than its
+# Content-Length for a clean end, and hands over one chunk a call: to join all that one
+# recv() brings halves the cost of an event.
+
+#: Bytes of a read: no less than the buffer of its file, where some might stay unseen.
+_BLOCK_SIZE = max(65536, io.DEFAULT_BUFFER_SIZE)
+
+
+class _Cut(Exception):
+    """No more bytes come. Its argument is the error that says why."""
 
 
 def _cut(how: str) -> TruncatedStreamError:
     return TruncatedStreamError(f"the answer was cut: {how}")
 
 
-# --------------------------------------------------------------------------------------
-# Framing (RFC 9112, 6 and 7)
-# --------------------------------------------------------------------------------------
+def _read_answer(answer: _Answer, body: Iterable[bytes], clock: _Clock) -> _Events:
+    cut: Optional[ChatStreamError] = None
+    try:
+        for block in body:
+            said = answer.said
+            for event in answer.feed(block):
+                if clock.is_pressing:
+                    clock.check()
+                yield event
+            if answer.done:
+                break
+            if answer.said != said:
+                clock.start_event()
+    except _Cut as reason:
+        cut = reason.args[0]
+    for event in answer.end(cut):
+        clock.check_cancel()
+        yield event
 
 
-_HEX_DIGITS = b"0123456789abcdefABCDEF"
-
-#: Short chunk-size lines, whole, that any call has read -> the size. There are few.
-_sizes: dict[bytes, int] = {}
-
-
-class _Framing:
-    """Where a body ends: chunked, after `length` bytes, or with the connection.
-
-    ended: bool, the end that the framing names has come.
-    fault: str, what is wrong with the framing, or how the connection ended too early.
-    rest: bytes, what came behind the end: the connection is not to be used again.
-    """
-
-    def __init__(self, *, chunked: bool = False, length: Optional[int] = None) -> None:
-        self.ended = length == 0
-        self.fault = ""
-        self.rest = b""
-        self.named = chunked or length is not None
-        self._chunked = chunked
-        self._left = length or 0  # bytes of the body, or of the chunk, that are to come
-        self._in_chunk = False
-        self._in_trailers = False
-        self._unread = b""  # a line, or the end of a chunk, that is not whole yet
-        self._trailers = 0  # their bytes so far
-
-    def feed(self, block: bytes) -> bytes:
-        """-> the bytes of the body in a block."""
-        if self._chunked:
-            return self._feed_chunked(block)
-        if not self.named:
-            return block
-        data = block[: self._left]
-        self._left -= len(data)
-        self._end_with(block[len(data) :])
-        return data
-
-    def end(self) -> bytes:
-        """The connection has ended."""
-        if not self.named:
-            self.ended = True
-        elif not self._chunked:
-            self.fault = f"{self._left} bytes short of its Content-Length"
-        elif self._in_chunk:
-            self.fault = "inside a chunk"
+def _receive(reply: _Reply) -> Iterator[bytes]:
+    """The body without its framing (RFC 9112, 6 and 7). Raises _Cut unless it ends
+    properly."""
+    blocks = iter(reply.read, b"")
+    try:
+        left = _choose_framing(reply) if reply.has_file else _TO_THE_END
+        if left == _CHUNKED:
+            reply.end_body((yield from _dechunk(blocks)))
+        elif left == _TO_THE_END:
+            yield (first := next(blocks, b""))
+            if not first and reply.has_file:
+                raise _cut("inside its headers, which name no length")
+            yield from blocks
         else:
-            self.fault = "without its last chunk"
-        return b""
+            while left > 0:
+                block = next(blocks, b"")
+                if not block:
+                    raise _cut(f"{left} bytes short of its Content-Length")
+                yield block[:left]
+                left -= len(block)
+            reply.end_body(left < 0)
+    except (StreamError, DeadlineError) as error:
+        raise _Cut(error) from None
 
-    def _end_with(self, rest: bytes) -> None:
-        if not self._left:
-            self.ended = True
-            self.rest = rest
 
-    def _feed_chunked(self, block: bytes) -> bytes:
-        """All the chunks in a block are joined: that is what makes it cheap."""
-        if self._unread:
-            block = self._unread + block
-            self._unread = b""
-        pieces: list[bytes] = []
-        at = 0
-        while not (self.ended or self.fault):
-            if not (self._in_chunk or self._in_trailers):
-                at = self._take_whole_chunks(block, at, pieces)
-                if at == len(block):
-                    break
-            if self._in_chunk:
-                end = at + self._left
-                if block[end : end + 2] == b"\r\n":  # nearly always
-                    pieces.append(block[at:end])
-                    at = end + 2
-                    self._in_chunk = False
-                elif len(block) < end + 2 and b"\r\n".startswith(block[end:]):
-                    pieces.append(block[at:end])
-                    self._left = max(end - len(block), 0)
-                    self._unread = block[end:]
-                    break
-                else:
-                    pieces.append(block[at:end])
-                    self.fault = "a chunk is longer than its size"
-                continue
+#: What _choose_framing() says besides a length.
+_CHUNKED, _TO_THE_END = -1, -2
+
+
+def _choose_framing(reply: _Reply) -> int:
+    """RFC 9112, 6.3."""
+    if reply.status in (204, 304) or reply.status < 200:
+        return 0
+    header = reply.headers.get("transfer-encoding", "")
+    codings = re.findall(r"[^\s,]+", header.lower())
+    for coding in set(codings) - {"identity", "chunked"}:
+        raise StreamError(f"expected Transfer-Encoding chunked, got {coding!r}")
+    if codings[-1:] == ["chunked"]:
+        return _CHUNKED
+    length = reply.headers.get("content-length")
+    if length is None:
+        return _TO_THE_END
+    if not re.fullmatch(r"([0-9]{1,18})(, *\1)*", length):
+        raise _cut(f"expected one Content-Length, got {length!r}")
+    return int(length.partition(",")[0])
+
+
+#: Bytes of a chunk-size line or a trailer.
+_MAX_FRAMING = 16 * 1024
+
+
+def _dechunk(blocks: Iterable[bytes]) -> Generator[bytes, None, bool]:
+    """RFC 9112, 7.1: one line or one chunk a turn. -> whether more is behind the
+    last."""
+    expected = "size"  # of a chunk; its "end"; or a "trailer"
+    left = 0  # bytes of the chunk that are to come
+    unread = b""  # a line that has not ended
+    fault = ""
+    for block in blocks:
+        block = unread + block
+        pieces = [block[:left]]
+        at = len(pieces[0])
+        left -= at
+        while not (left or fault):
             end = block.find(b"\n", at)
             if end < 0:
-                self._unread = block[at:]
-                if len(self._unread) > _MAX_FRAMING:
-                    self.fault = f"a chunk size of more than {_MAX_FRAMING} bytes"
                 break
-            line = block[at:end]
-            at = end + 1
-            if self._in_trailers:
-                self._read_trailer(line, block[at:])
-            else:
-                self._read_size(line)
-        return b"".join(pieces)
-
-    def _take_whole_chunks(self, block: bytes, at: int, pieces: list[bytes]) -> int:
-        """Those that lie whole in a block, and whose size lines have been read before.
-
-        -> where the first one begins of which that is not so.
-        """
-        find, sizes = block.find, _sizes
-        while True:
-            start = find(b"\n", at) + 1
-            size = sizes.get(block[at:start])
-            if size is None:
-                return at
-            end = start + size
-            if block[end : end + 2] != b"\r\n":
-                return at
-            pieces.append(block[start:end])
-            at = end + 2
-
-    def _read_size(self, line: bytes) -> None:
-        self._left = _parse_size(line)
-        if self._left < 0:
-            shown = _one_line(line.decode("latin-1"), 40)
-            self.fault = f"expected a chunk size, got {shown!r}"
-        elif self._left > 0 and len(line) < 8 and len(_sizes) < 4096:
-            _sizes[line + b"\n"] = self._left
-        self._in_chunk = self._left > 0
-        self._in_trailers = self._left == 0
-
-    def _read_trailer(self, line: bytes, rest: bytes) -> None:
-        """RFC 9112, 7.1.2: field lines up to an empty one, which ends the body."""
-        self._trailers += len(line)
-        if line in (b"", b"\r"):
-            self._end_with(rest)
-        elif self._trailers > _MAX_FRAMING:
-            self.fault = f"trailers of more than {_MAX_FRAMING} bytes"
+            line, at = block[at:end], end + 1
+            if expected == "size":
+                size = _parse_size(line)
+                end = at + max(size, 0)
+                pieces.append(block[at:end])
+                if size > 0 and block[end : end + 2] == b"\r\n":  # nearly always
+                    at = end + 2
+                    continue
+                left, at = max(end - len(block), 0), min(end, len(block))
+                expected = "end" if size else "trailer"
+                fault = f"expected a chunk size, got {line!r}" if size < 0 else ""
+            elif expected == "end":
+                expected = "size"
+                fault = "a chunk is longer than its size" if line.strip() else ""
+            elif not line.strip():  # RFC 9112, 7.1.2: an empty line ends the trailers
+                yield b"".join(pieces)
+                return at < len(block)
+        unread = block[at:]
+        if len(unread) > _MAX_FRAMING and not fault:
+            fault = f"a line of its framing has more than {_MAX_FRAMING} bytes"
+        yield b"".join(pieces)
+        if fault:
+            raise _cut(fault)
+    raise _cut("inside a chunk" if left else "without its last chunk")
 
 
+@lru_cache(maxsize=512)  # an answer has few: the sizes of its events
 def _parse_size(line: bytes) -> int:
-    """RFC 9112, 7.1: hexadecimal digits; blanks and extensions may follow. -1: it is not."""
-    digits = line.partition(b";")[0].strip(b" \t\r\n")
-    if not digits or digits.strip(_HEX_DIGITS) or len(digits) > 16:
-        return -1
-    return int(digits, 16)
+    """Hexadecimal digits; blanks and extensions may follow. -1: it is no size."""
+    found = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t\r]*(?:;.*)?", line, re.S)
+    return int(found[1], 16) if found else -1
 
 
-def _choose_framing(status: int, headers: Mapping[str, str]) -> _Framing:
-    """RFC 9112, 6.3. Raises StreamError for headers that say nonsense."""
-    if status in (204, 304) or status < 200:
-        return _Framing(length=0)
-    codings = headers.get("transfer-encoding", "").lower().split(",")
-    *before, last = [coding.strip() for coding in codings]
-    for coding in before:
-        if coding not in ("", "identity", "chunked"):
-            shown = _one_line(coding, 40)
-            raise StreamError(f"expected Transfer-Encoding chunked, got {shown!r} too")
-    if last == "chunked":
-        return _Framing(chunked=True)
-    if last not in ("", "identity"):
-        shown = _one_line(last, 40)
-        raise StreamError(f"expected Transfer-Encoding chunked or none, got {shown!r}")
-    if "content-length" not in headers:
-        return _Framing()
-    lengths = {length.strip() for length in headers["content-length"].split(",")}
-    length = lengths.pop()
-    if lengths or not (length.isascii() and length.isdigit()) or len(length) > 18:
-        shown = _one_line(headers["content-length"], 40)
-        raise _cut(f"expected one Content-Length, got {shown!r}")
-    return _Framing(length=int(length))
-
-
-# --------------------------------------------------------------------------------------
-# Compression that was not asked for
-# --------------------------------------------------------------------------------------
-
-
-#: How SSE, JSON and HTML begin, behind a BOM or blanks. (zlib's own data begins with x.)
-_PLAIN_STARTS = (b"data", b"event", b"id", b"retry", b"error", b":", b"{", b"[", b"<")
-
-#: What stands in Content-Encoding for nothing.
-_NO_ENCODINGS = ("", "identity", "none", "utf-8")
-
-_BOM = b"\xef\xbb\xbf"
-
-_GZIP_MAGIC = b"\x1f\x8b"
-
-#: zlib's code for "the header tells".
-_ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS
-
-
-class _Unpacking:
-    """Undoes a Content-Encoding, of which not the header but the body is believed.
-
-    nginx compresses unasked; proxies unpack and leave the header; servers write "none".
-
-    is_plain: bool, it is known that nothing is to be undone.
-    """
-
-    def __init__(self, encoding: str) -> None:
-        self.is_plain = False
-        names = [name.strip() for name in encoding.lower().split(",")]
-        # Those that are left say that something is compressed, and how.
-        self._encoding = ", ".join(n for n in names if n not in _NO_ENCODINGS)
-        self._start: Optional[bytes] = b""  # None as soon as it is known what it is
-        self._members = 0
-        self._inflater: Any = None  # of the member that has begun and not ended
-        self._held = b""  # behind a member: perhaps the first byte of another
-        self._is_junk = False  # what comes behind the last member
-
-    def feed(self, block: bytes) -> Iterator[bytes]:
-        """-> pieces of the body, none of which is larger than a block."""
-        if self._start is not None:
-            self._start += block
-            if not self._needs_more(self._start):
-                yield from self._decide()
-        elif not self.is_plain:
-            yield from self._inflate(block)
-        elif block:
+def _unpack(blocks: Iterable[bytes], clock: _Clock) -> Iterator[bytes]:
+    """Undo gzip and zlib, which nginx uses unasked. Not the header is believed, which
+    proxies leave there when they unpack, but the body."""
+    start: Optional[bytes] = b""  # until two bytes tell
+    inflater: Any = None
+    for block in blocks:
+        if start is not None:
+            block = start + block
+            if block in (b"", b"\x1f", b"\x78"):
+                start = block
+                continue
+            start = None
+            # RFC 1950, 2.2; RFC 1952, 2.3.1
+            head = int.from_bytes(block[:2], "big")
+            if (head >> 8 == 0x78 and head % 31 == 0) or head == 0x1F8B:
+                inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)  # which, it tells
+        if inflater is None:
             yield block
-
-    def end(self) -> Iterator[bytes]:
-        """The body has ended. Raises TruncatedStreamError if compressed data has not."""
-        yield from self._decide()
-        if self._inflater is not None:
-            raise _cut("its compressed data is incomplete")
-
-    def _decide(self) -> Iterator[bytes]:
-        """Tell what it is, and begin."""
-        start = self._start or b""
-        self._start = None
-        if start:
-            self.is_plain = not self._is_packed(start)
-            yield from (start,) if self.is_plain else self._inflate(start)
-
-    def _needs_more(self, start: bytes) -> bool:
-        """Whether there is too little yet to tell what it is."""
-        if len(start) < 2:
-            return not start or start == _GZIP_MAGIC[:1] or bool(self._encoding)
-        text = start.lstrip(_BOM + b" \t\r\n")
-        may_be_plain = any(plain.startswith(text) for plain in _PLAIN_STARTS)
-        return bool(self._encoding) and may_be_plain and len(start) < 64
-
-    def _is_packed(self, start: bytes) -> bool:
-        if start.startswith(_GZIP_MAGIC):
-            return True
-        text = start.lstrip(_BOM + b" \t\r\n")
-        if not self._encoding or text.startswith(_PLAIN_STARTS):
-            return False
-        if self._encoding in ("gzip", "x-gzip"):  # or zlib under the wrong name
-            return _is_zlib(start) or start == _GZIP_MAGIC[:1]
-        if self._encoding == "deflate":
-            return True
-        shown = _one_line(self._encoding, 40)
-        raise StreamError(
-            f"expected Content-Encoding gzip, deflate or none, got {shown!r}"
-        )
-
-    def _inflate(self, block: bytes) -> Iterator[bytes]:
-        while block:
-            if self._inflater is None:
-                block = self._begin_member(block)
-                if self._inflater is None:
-                    return
-            spare, given = self._inflater.copy(), 0
-            try:
-                for plain in _decompress(self._inflater, block):
-                    given += len(plain)
-                    yield plain
-            except zlib.error as error:
-                self._inflater = None
-                yield from _salvage(spare, block, given)
-                shown = f"the answer's compression is broken: {error}"
-                raise StreamError(shown) from error
-            block = b""
-            if self._inflater.eof:  # another member may follow, or padding
-                block = self._inflater.unused_data
-                self._inflater = None
-
-    def _begin_member(self, block: bytes) -> bytes:
-        """-> the data of the member that begins in a block."""
-        if self._members:
-            block = self._held + block.lstrip(b"\0")
-            self._held = block[:1]
-            self._is_junk = self._is_junk or not _GZIP_MAGIC.startswith(block[:2])
-            if self._is_junk or len(block) < 2:
-                return b""
-            self._held = b""
-        # RFC 1950 and 1952 begin in a known way; some servers' "deflate" is bare.
-        known = _is_zlib(block) or block.startswith(_GZIP_MAGIC[:1])
-        self._inflater = zlib.decompressobj(_ZLIB_OR_GZIP if known else -zlib.MAX_WBITS)
-        self._members += 1
-        return block
+            continue
+        # A wrong checksum, which is last, spoils what is read in one with it.
+        for part in (block[:-8], *(bytes([byte]) for byte in block[-8:])):
+            plain = part
+            while plain and not inflater.eof:  # what is behind the end is ignored
+                try:
+                    plain = inflater.decompress(part, _BLOCK_SIZE)
+                except zlib.error as error:
+                    text = f"the compression is broken: {error}"
+                    raise _Cut(StreamError(text)) from None
+                part = inflater.unconsumed_tail
+                clock.check_event()  # much may come from little
+                yield plain
+    if (inflater is not None and not inflater.eof) or start == b"\x1f":
+        raise _Cut(_cut("its compressed data is incomplete"))
+    if start:
+        yield start
 
 
-def _is_zlib(block: bytes) -> bool:
-    """RFC 1950, 2.2: how zlib's own format begins."""
-    head = int.from_bytes(block[:2], "big")
-    return head >> 8 & 15 == 8 and head % 31 == 0
-
-
-def _decompress(inflater: Any, block: bytes) -> Iterator[bytes]:
-    plain = block
-    while plain and not inflater.eof:  # it may still hold output back
-        plain = inflater.decompress(block, _BLOCK_SIZE)
-        block = inflater.unconsumed_tail
-        if plain:
-            yield plain
-
-
-def _salvage(inflater: Any, block: bytes, given: int) -> Iterator[bytes]:
-    """What a block holds before its fault, but for the bytes that were given already.
-
-    zlib keeps that to itself, unless it is fed byte by byte.
-    """
-    with suppress(zlib.error):
-        for place in range(len(block)):
-            plain = inflater.decompress(block[place : place + 1])
-            if len(plain) > given:
-                yield plain[given:]
-            given = max(given - len(plain), 0)
-
-
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 # Transport: request -> reply
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 
 
 class _Reply:
     """A reply whose headers are there, and its connection.
 
-    response: http.client.HTTPResponse, on urllib3 the one inside its own response; or
-        what some tool has put in its place.
-    """
+    response: what some tool puts in its place may have no file: its own bytes are read,
+        and the framing is undone already. release: takes whether to keep the
+        connection."""
 
     def __init__(
-        self,
-        response: Any,
-        clock: _Clock,
-        release: Callable[[bool], None],
-        *,
-        errors: tuple[type[Exception], ...],
-        via: str,
-    ) -> None:
-        self.status: int = response.status
-        self.reason: str = getattr(response, "reason", None) or ""
-        self.headers = _take_headers(response.headers)
-        self.via = via  # the proxy, for messages
-        self._errors = errors  # of the connection
-        self._response = response
-        self._release = release
-        # The body's own bytes, from the file that http.client reads itself. What some tool
-        # has put in the place of a response may have none: there its own bytes are taken,
-        # and the framing is undone already.
+        self, response: Any, sock: Any, clock: _Clock, release: Any, where: str
+    ):
         file = getattr(response, "fp", None)
-        self._is_raw = hasattr(file, "read1")
-        source = file if self._is_raw else response
-        self._read1: Any = getattr(source, "read1", None) or response.read
-        raw = getattr(file, "raw", None)
-        self._sock = getattr(raw, "_sock", None)
+        self.has_file = hasattr(file, "read1")
+        self.response = response
+        self.where = where
         self._clock = clock
-        self._is_watched = isinstance(raw, _SocketFile)  # and asks the clock itself
-        self._framing = _Framing()
-        self._has_read = False  # else more may stand in the file's own buffer
-
-    def open_body(self) -> _Framing:
-        """-> what tells where the body ends. Raises StreamError where nothing can."""
-        if self._is_raw:
-            try:
-                self._framing = _choose_framing(self.status, self.headers)
-            except StreamError:
-                if 200 <= self.status < 300:  # else nothing hides the status
-                    raise
-        return self._framing
+        self._release = release
+        self._is_reusable = False
+        self._sock = sock if self.has_file else None
+        source = file if self.has_file else response
+        self._read1: Any = getattr(source, "read1", None) or response.read
+        try:
+            clock.watch(sock)
+            _keep_alive(sock)
+            clock.read(sock, _read_head, response)
+        except BaseException:
+            release(False)
+            raise
+        self.status: int = response.status
+        self.headers = _take_headers(response.headers)
 
     def read(self) -> bytes:
-        """What has arrived, or arrives next; b"" at the end of the connection.
-
-        Raises TruncatedStreamError where that breaks, and what the clock raises.
-        """
-        self._has_read = True
         try:
-            if self._is_watched or self._sock is None:
-                return bytes(self._read1(_BLOCK_SIZE))
-            self._clock.watch(self._sock)
             return bytes(self._clock.read(self._sock, self._read1, _BLOCK_SIZE))
-        except ChatStreamError:
-            raise
-        except self._errors as error:
-            cause = _root_cause(error)
-            _pass_on(cause)
-            raise _cut(str(cause) or type(cause).__name__) from cause
+        except Exception as error:
+            _pass_on(error)
+            raise _cut(str(error) or type(error).__name__) from error
+
+    def end_body(self, has_more: bool) -> None:
+        """The end that the framing names has come, and perhaps more behind it."""
+        pending = getattr(self._sock, "pending", int)()  # TLS has decrypted it already
+        is_last = self.status < 200 or self.response.will_close
+        self._is_reusable = not (has_more or is_last or pending)
 
     def close(self) -> None:
-        """Keep the connection for another call if nothing of this one is left in it."""
-        reusable = (
-            self.status >= 200
-            and self._has_read
-            and self._framing.ended
-            and self._framing.named
-            and not self._framing.rest
-            and not getattr(self._response, "will_close", True)
-            and not _has_pending(self._sock)
-        )
-        self._response.close()
-        self._release(reusable)
+        self.response.close()
+        self._release(self._is_reusable)
+
+
+def _pass_on(error: BaseException) -> None:
+    import http.client
+
+    is_ours = isinstance(error, (OSError, http.client.HTTPException))
+    is_ours = is_ours or type(error).__module__.startswith("urllib3.")
+    if isinstance(error, ChatStreamError) or _is_timeout(error) or not is_ours:
+        raise error
+
+
+def _open(request: _Request, clock: _Clock) -> _Reply:
+    import http.client
+
+    url, proxy = request.url, _find_proxy(request.url, request.secrets)
+    peer, where = proxy or url, f"{url.shown}{_describe(proxy)}"
+    # Looked up now, because vcrpy, OpenTelemetry and others put their own there.
+    make: Any = http.client.HTTPConnection
+    options: dict[str, Any] = {"timeout": clock.bound(request.connect_timeout)}
+    if "https" in (url.scheme, peer.scheme):
+        import ssl
+
+        make, env = http.client.HTTPSConnection, os.environ.get
+        files = env("SSL_CERT_FILE", ""), env("SSL_CERT_DIR", "")
+        options["context"] = _tls_context(ssl.SSLContext, *files)
+    tunnel = url.origin if proxy and url.scheme == "https" else ""
+    key = (make, peer.origin, tunnel, options.get("context"))
+    try:
+        connection = _take_idle(key)
+        if connection is not None:
+            # If it was dead, that costs no try: uvicorn closes after a 500 without
+            # saying so, and any server does after a while.
+            try:
+                return _exchange(connection, key, request, proxy, clock)
+            except OSError as error:
+                _pass_on(error)
+        connection = make(peer.host, peer.port, **options)
+        if tunnel:
+            connection.set_tunnel(url.host, url.port, peer.headers)
+        return _exchange(connection, key, request, proxy, clock)
+    except _TimeIsUp:
+        hint = "" if proxy else "; a proxy is taken from the environment alone"
+        text = f"no connection within {options['timeout']:g} s (connect_timeout){hint}"
+        raise _Retryable(error=TransportError(f"{where}: {text}")) from None
+    except Exception as error:
+        _pass_on(error)
+        raise _transport_failure(error, where) from error
+
+
+def _exchange(
+    link: Any, key: Any, request: _Request, proxy: Any, clock: _Clock
+) -> _Reply:
+    url, body, owner = request.url, request.content, os.getpid()
+    is_absolute = proxy is not None and url.scheme == "http"  # RFC 9112, 3.2.2
+    target = url.origin + url.target if is_absolute else url.target
+    closes = "close" in _take_headers(request.headers).get("connection", "").lower()
+
+    def start() -> None:  # the headers hold the key: they stand in no frame of ours
+        length = {"Content-Length": str(len(body))}
+        first = proxy.headers if proxy and is_absolute else {}
+        headers = _merge_headers(first, request.headers, length)
+        link.request("POST", target, body[:_BLOCK_SIZE], headers)
+
+    def release(is_reusable: bool) -> None:
+        idle = _idle.setdefault(key, [])
+        # Kept for reuse: as many of a kind as anybody has threads.
+        if is_reusable and not closes and len(idle) < 256:
+            idle.append(link)
+        else:  # in a forked child the connection is still its parent's
+            _close(link, sock if os.getpid() == owner else None)
+
+    sock = link.sock
+    try:
+        clock.watch(sock)
+        clock.wait(sock, request.connect_timeout, start)
+        sock = link.sock  # http.client lets go of it where this reply is the last
+        clock.watch(sock)
+        _keep_alive(sock)
+        # A server may refuse a large request before it has all of it.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            _send_rest(link, request, clock)
+        response = clock.read(sock, link.getresponse)
+    except BaseException:
+        release(False)
+        raise
+    return _Reply(response, sock, clock, release, f"{url.shown}{_describe(proxy)}")
+
+
+def _send_rest(connection: Any, request: _Request, clock: _Clock) -> None:
+    try:
+        for at in range(_BLOCK_SIZE, len(request.content), _BLOCK_SIZE):
+            block = request.content[at : at + _BLOCK_SIZE]
+            clock.wait(connection.sock, request.connect_timeout, connection.send, block)
+    except _TimeIsUp:
+        text = "timed out while sending the request"
+        raise TransportError(f"{request.url.shown}: {text}") from None
+
+
+#: Connections that are kept for reuse, by class, peer, tunnel and TLS context.
+_idle: dict[Any, list[Any]] = {}
+
+
+def _take_idle(key: Any) -> Any:
+    """Nothing may have come on it: its end, or a stray 408, would be the next
+    answer."""
+    while _idle.get(key):
+        with suppress(IndexError):  # another thread was faster
+            connection = _idle[key].pop()
+            try:
+                connection.sock.settimeout(0)
+                socket.socket.recv(connection.sock, 1, socket.MSG_PEEK)
+            except BlockingIOError:
+                return connection
+            except (OSError, TypeError):
+                pass
+            _close(connection, connection.sock)
+    return None
+
+
+def _close(connection: Any, sock: Any) -> None:
+    """Shut down first: a forked child may hold the descriptor, too."""
+    with suppress(OSError, TypeError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    connection.close()
+
+
+@atexit.register
+def _close_idle(is_forked: bool = False) -> None:
+    while _idle:
+        for connection in _idle.popitem()[1]:
+            _close(connection, None if is_forked else connection.sock)
+
+
+if hasattr(os, "register_at_fork"):  # a forked child must not write to our connections
+    os.register_at_fork(after_in_child=lambda: _close_idle(is_forked=True))
+
+
+def _keep_alive(sock: Any) -> None:
+    """So that no NAT or firewall forgets a connection on which a model thinks."""
+    with suppress(OSError, AttributeError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # macOS: second
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), 30)
 
 
 def _read_head(response: Any) -> None:
-    """Read past 1xx replies, and raise HTTPException where the headers are broken.
-
-    RFC 9110, 15.2: any number of 1xx replies may come before the real one. http.client
-    reads past 100 alone. 101 is an answer to what we did not ask for.
-    """
+    """Read past 1xx (RFC 9110, 15.2; http.client does past 100 alone)."""
     import http.client
 
-    has_file = getattr(response, "fp", None) is not None
-    for _ in range(_MAX_INTERIM):
-        if not (has_file and 101 < response.status < 200):
-            break
+    while getattr(response, "fp", None) is not None and 101 < response.status < 200:
         response.headers = response.msg = None
         response.begin()
-    else:
-        raise http.client.HTTPException("1xx replies without end")
-    raw = getattr(getattr(response, "fp", None), "raw", None)
-    if isinstance(raw, _SocketFile):
-        raw.in_head = False
-        if raw.at_end:
-            raise http.client.HTTPException("the connection ended inside the headers")
-    faults = ("MissingHeaderBodySeparatorDefect", "FirstHeaderLineIsContinuationDefect")
     for defect in getattr(response.headers, "defects", ()):
-        if type(defect).__name__ in faults:
-            shown = _one_line(str(getattr(defect, "line", None) or ""), _MAX_QUOTE)
-            raise http.client.HTTPException(f"a header cannot be read {shown}".rstrip())
+        if type(defect).__name__.startswith(("MissingHeaderBody", "FirstHeaderLine")):
+            line = getattr(defect, "line", None) or ""
+            raise http.client.HTTPException(f"a header cannot be read {line}".rstrip())
 
 
 def _take_headers(headers: Any) -> dict[str, str]:
-    """Names in lower case; several of one name are joined (RFC 9110, 5.3). The blanks
-    around a value, which do not belong to it, http.client leaves there."""
+    """Lower case; several of one name are joined (RFC 9110, 5.3)."""
     taken: dict[str, str] = {}
     for name, value in headers.items():
-        name = name.lower()
+        name, value = name.lower(), str(value).strip()
         if name != "set-cookie":
-            value = str(value).strip()
             taken[name] = f"{taken[name]}, {value}" if name in taken else value
     return taken
 
 
-def _has_pending(sock: Any) -> bool:
-    """Whether TLS holds bytes that it has decrypted and nobody has read."""
-    with suppress(OSError, AttributeError, ValueError):
-        return bool(getattr(sock, "sslobj", sock).pending())  # that of TLS inside TLS
-    return False
-
-
-class _Upload(io.BytesIO):
-    """The request's body, sent from a file so that each block has a timeout of its own.
-
-    tell() says how far we got: 0 while connecting.
-
-    fresh: bool, it is to go over a new connection.
-    sent: bool, all of it was taken.
-    """
-
-    def __init__(self, body: bytes, clock: _Clock) -> None:
-        super().__init__(body)
-        self.clock = clock
-        self.fresh = False
-        self.sent = False
-
-    def start_again(self) -> None:
-        """Over a new connection."""
-        self.seek(0)
-        self.fresh = True
-        self.sent = False
-
-    def read(self, size: Optional[int] = -1) -> bytes:
-        self.clock.check()
-        block = super().read(size)
-        self.sent = not block  # more was asked for than there is: all was sent
-        return block
-
-
-class _SocketFile(io.RawIOBase):
-    """The file of a response's socket: each read of it waits as the clock allows.
-
-    read: a method of the clock.
-    at_end: bool, the connection has ended.
-    received: int, bytes.
-    in_head: bool, the headers have not been read yet.
-    """
-
-    def __init__(self, raw: Any, sock: Any, read: Callable[..., int]) -> None:
-        self._raw = raw  # socket.SocketIO, which keeps the socket open
-        self._sock = sock
-        self._read = read
-        self.at_end = False
-        self.received = 0
-        self.in_head = True
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._read(self._sock, self._sock.recv_into, buffer)
-        self.at_end = not count
-        self.received += count
-        if self.in_head and self.received > _MAX_HEAD:
-            raise OSError(f"more than {_MAX_HEAD} bytes of headers")
-        return count
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _DeadConnection(Exception):
-    """A kept connection turned out dead before the first byte of the reply."""
-
-
-#: The clock of the call that connects or waits for a reply in this thread (or greenlet):
-#: urllib3 hands nothing of ours to a connection but the request's body.
-_clock_of_call: ContextVar[_Clock] = ContextVar("clock_of_call")
-
-
-class _WatchedConnection(_ConnectionBase):
-    """Mixed into a connection class of http.client's or urllib3's: its waits, up to the
-    headers of the reply, are those of the call's clock."""
-
-    _file: Optional[_SocketFile] = None
-    _was_used = False
-
-    def connect(self) -> None:
-        self._was_used = False
-        # http.client gives each connection its own, which hides the class's.
-        vars(self).pop("_create_connection", None)
-        super().connect()
-
-    def _new_conn(self) -> socket.socket:  # which urllib3 calls
-        from urllib3.util.connection import allowed_gai_family
-
-        host = getattr(self, "_dns_host", self.host)  # with the dot at its end, if any
-        return self._connect(host, self.port, self.timeout, allowed_gai_family())
-
-    def _create_connection(  # which http.client calls
-        self, address: tuple[str, int], timeout: Optional[float], _: Any
-    ) -> socket.socket:
-        return self._connect(*address, timeout, socket.AF_UNSPEC)
-
-    def _connect(
-        self, host: str, port: int, timeout: Optional[float], family: int
-    ) -> socket.socket:
-        """Connect to the first address of the host that answers.
-
-        timeout: seconds for each address, but not more than the clock has left.
-        """
-        clock = _clock_of_call.get()
-        problem = OSError(f"{host} has no address")
-        for kind, address in _addresses_of(host, port, family):
-            sock = None
-            try:
-                sock = socket.socket(kind, socket.SOCK_STREAM)
-                for option in getattr(self, "socket_options", None) or ():
-                    with suppress(OSError):  # not every platform has each
-                        sock.setsockopt(*option)
-                clock.connect(timeout, sock, address)
-                return sock
-            except BaseException as error:
-                if sock is not None:
-                    sock.close()
-                if not isinstance(error, OSError):
-                    raise
-                _pass_on(error)
-                problem = error
-        raise problem
-
-    def _tunnel(self) -> None:  # which both call to pass a proxy
-        clock = _clock_of_call.get()
-        read = partial(clock.read_before, clock.moment_after(self.timeout))
-        self.response_class: Any = partial(self._make_response, read)
-        try:
-            super()._tunnel()  # type: ignore[misc]
-        finally:
-            vars(self).pop("response_class", None)
-        self.sock.settimeout(clock.left_of(self.timeout))
-
-    def request(
-        self,
-        method: str,
-        url: str,
-        body: Any = None,
-        headers: Any = None,
-        **options: Any,
-    ) -> None:
-        self._file = None
-        if self._was_used and isinstance(body, _Upload) and body.fresh:
-            if self.sock is not None:
-                self.sock.close()
-            self.sock: Any = None  # at which http.client connects anew
-        try:
-            super().request(method, url, body=body, headers=headers or {}, **options)
-        except OSError as error:
-            self._raise_if_dead(error)
-            raise
-
-    def send(self, data: Any) -> None:
-        _clock_of_call.get().watch(getattr(self, "sock", None))
-        super().send(data)
-
-    def getresponse(self, *args: Any, **options: Any) -> Any:
-        clock = _clock_of_call.get()
-        clock.watch(getattr(self, "sock", None))
-        self.response_class = partial(self._make_response, clock.read)
-        try:
-            response = super().getresponse(*args, **options)
-        except OSError as error:
-            self._raise_if_dead(error)
-            raise
-        finally:
-            vars(self).pop("response_class", None)
-        self._was_used = True
-        return response
-
-    def _make_response(
-        self, read: Callable[..., int], sock: Any, *args: Any, **options: Any
-    ) -> Any:
-        import http.client
-
-        response: Any = http.client.HTTPResponse(sock, *args, **options)
-        if isinstance(response.fp, io.BufferedReader):
-            self._file = _SocketFile(response.fp.detach(), sock, read)
-            response.fp = io.BufferedReader(self._file)
-        return response
-
-    def _raise_if_dead(self, error: OSError) -> None:
-        """Raise _DeadConnection if a kept connection broke before any byte of the reply.
-
-        uvicorn closes after a 500 without saying so; any server does after a while.
-        """
-        untouched = self._file is None or not self._file.received
-        _pass_on(error)
-        timeout = isinstance(error, socket.timeout)
-        if self._was_used and untouched and not timeout:
-            raise _DeadConnection from error
-
-
-def _addresses_of(host: str, port: int, family: int) -> list[tuple[int, Any]]:
-    """-> the addresses of a host, each with its own family."""
-    for kind in (socket.AF_INET, socket.AF_INET6):
-        with suppress(OSError):
-            socket.inet_pton(kind, host)
-            # For what is an address already, getaddrinfo() would import the codec of
-            # international names: a hundredth of what the start of a script costs.
-            return [(kind, (host, port))]
-    found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
-    return [(kind, address) for kind, _, _, _, address in found]
-
-
-def _watched(connection: Any) -> Any:
-    return type("Connection", (_WatchedConnection, connection), {})
-
-
-def _find_urllib3() -> Any:
-    """The module; None where it is not there, or something else has its name."""
-    try:
-        import urllib3
-    except ImportError:
-        return None
-    connection = getattr(getattr(urllib3, "connection", None), "HTTPConnection", None)
-    return urllib3 if _is_http_client(connection) else None
-
-
-def _open(request: _Request, clock: _Clock) -> _Reply:
-    """Connect, send, and wait for the headers."""
+def _transport_failure(cause: BaseException, where: str) -> ChatStreamError:
     import http.client
-
-    urllib3 = _find_urllib3()
-    errors: tuple[type[Exception], ...]
-    errors = (OSError, http.client.HTTPException, ValueError)
-    if urllib3:
-        errors += (urllib3.exceptions.HTTPError,)
-    proxy = _find_proxy(request.url) if request.pool is None else None
-    via = _describe_proxy(proxy or getattr(request.pool, "proxy", None))
-    if proxy is not None:
-        request.secrets.add(*proxy.secrets)
-    tls = _tls_settings(request.url, proxy)
-    upload = _Upload(request.body, clock)
-    token = _clock_of_call.set(clock)
-    try:
-        if urllib3:
-            response, release = _open_pooled(urllib3, request, upload, proxy, tls)
-        else:
-            response, release = _open_plain(request, upload, proxy, tls)
-    except errors as error:
-        cause = _root_cause(error)
-    else:
-        return _Reply(response, clock, release, errors=errors, via=via)
-    finally:
-        _clock_of_call.reset(token)  # to the call that a signal handler interrupted
-    _pass_on(cause)
-    clock.check()
-    if isinstance(cause, socket.timeout) and upload.sent:
-        raise clock.silence_error() from cause
-    problem, again = _describe_failure(cause, upload, request.secrets.hide)
-    error_text = f"{request.url.shown}{via}: {problem}"
-    raise _Failed(TransportError(error_text), again=again) from cause
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The error of the socket inside those that urllib3 puts around it."""
-    import http.client
-
-    while not isinstance(error, (OSError, http.client.HTTPException)):
-        is_wrapper = type(error).__module__.startswith("urllib3")
-        if not is_wrapper and _is_from_handler(error):
-            break  # what it was raised from is the caller's, too
-        inner = [item for item in error.args if isinstance(item, Exception)]
-        context = None if error.__suppress_context__ else error.__context__
-        found = (*inner, error.__cause__, context)
-        deeper = next((item for item in found if item is not None), None)
-        if deeper is None:
-            break
-        error = deeper
-    return error
-
-
-def _describe_failure(
-    cause: BaseException, upload: _Upload, hide: Callable[[str], str] = str
-) -> tuple[str, bool]:
-    """-> what went wrong before the headers were there, and whether that may heal."""
-    import http.client
+    import ssl
 
     text = str(cause) or type(cause).__name__
-    reason = getattr(cause, "reason", None) or ""  # of an ssl.SSLError
-    if isinstance(cause, socket.timeout) and upload.tell():
-        return f"{text} while sending the request", False
-    # By name: urllib3 1.26 has a CertificateError of its own.
-    if type(cause).__name__ in ("SSLCertVerificationError", "CertificateError"):
-        hint = "SSL_CERT_FILE=ca.pem makes a private certificate authority trusted"
-        return f"{text}; {hint}", False
-    if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
-        return f"{text}; the server does not speak TLS here: is it http://?", False
-    if isinstance(reason, str) and "ALERT" in reason:
-        return text, False
-    if re.search("Tunnel connection failed: 4[0-9][0-9]", text):
-        return text, False
-    if isinstance(cause, (FileNotFoundError, PermissionError, UnicodeError)):
-        return text, False
-    if type(cause) is http.client.BadStatusLine:
-        hint = "; does it speak TLS: is it https://?" if text[0] == "\x15" else ""
-        shown = _one_line(hide(text).encode("unicode_escape").decode(), _MAX_QUOTE)
-        return f"expected a reply in HTTP/1.1, got '{shown}'{hint}", True
-    if isinstance(cause, http.client.UnknownProtocol):
-        return f"expected a reply in HTTP/1.1, got one in {str(cause)!r}", True
-    return text, True
+    is_odd = type(cause) is http.client.BadStatusLine  # not that of an empty reply
+    if is_odd or isinstance(cause, http.client.UnknownProtocol):
+        shown = text.encode("unicode_escape").decode()
+        text = f"expected a reply in HTTP/1.1, got '{shown}'"
+    final = (ssl.CertificateError, FileNotFoundError, PermissionError)
+    is_final = isinstance(cause, final) or type(cause) is ssl.SSLError
+    is_final = is_final or "Tunnel connection failed: 4" in text
+    if "Key Identifier" in text or "not marked critical" in text:
+        text += "; does a pool= whose ssl_context has no VERIFY_X509_STRICT work?"
+    elif isinstance(cause, ssl.CertificateError):
+        text += "; SSL_CERT_FILE=ca.pem makes a private certificate authority trusted"
+    elif is_final and re.search("WRONG_VERSION_NUMBER|HTTP_REQUEST|RECORD_LAYER", text):
+        text += "; the server does not speak TLS here: is it http://?"
+    error = TransportError(f"{where}: {text}")
+    return error if is_final else _Retryable(error=error)
 
 
-if TYPE_CHECKING:
-    #: A response, and what to call with whether its connection can be used again.
-    _Opened = tuple[Any, Callable[[bool], None]]
+def _open_in_pool(request: _Request, clock: _Clock) -> _Reply:
+    import http.client
 
+    import urllib3
 
-def _open_pooled(
-    urllib3: Any,
-    request: _Request,
-    upload: _Upload,
-    proxy: Optional[_Proxy],
-    tls: Optional[_TLS],
-) -> _Opened:
-    """On urllib3: over a connection of a pool, which a dead one costs nothing."""
-    pool, url = request.pool, request.url.origin + request.url.target
-    if pool is None:
-        # vcrpy, where it is at work, has set connection classes of its own.
-        kinds = (
-            urllib3.HTTPConnectionPool.ConnectionCls,
-            urllib3.HTTPSConnectionPool.ConnectionCls,
-        )
-        route = (proxy.url, proxy.headers) if proxy else None
-        pool = _shared_pool(urllib3, request.url.origin, route, tls, kinds)
-        if proxy is None or request.url.scheme == "https":
-            url = request.url.target
-    try:
-        return _send_pooled(urllib3, pool, url, request, upload)
-    except _DeadConnection:
-        upload.start_again()
-        return _send_pooled(urllib3, pool, url, request, upload)
+    pool, where = request.pool, request.url.shown
+    where += _describe(getattr(pool, "proxy", None))
+    upload = io.BytesIO(request.content)  # sent in blocks with a timeout each
+    length = {"Content-Length": str(len(request.content))}
+    connect = clock.bound(request.connect_timeout)
+    read = clock.bound(clock.idle_timeout)
+    sockets = (OSError, http.client.HTTPException)
 
-
-def _send_pooled(
-    urllib3: Any, pool: Any, url: str, request: _Request, upload: _Upload
-) -> _Opened:
-    """Raises _DeadConnection where a kept connection has ended unseen."""
-    origin = request.url.origin
-    clock = upload.clock
-    opened = _count_connections(request.pool, origin)
-    try:
-        wrapper = pool.urlopen(
-            "POST",
-            url,
-            body=upload,
-            headers=_merge_headers(
-                pool.headers,
-                request.headers,
-                {"Content-Length": str(len(request.body))},
-            ),
-            timeout=urllib3.Timeout(
-                connect=clock.left_of(request.connect_timeout),
-                read=clock.left_of(clock.idle_timeout),
-            ),
-            retries=False,
-            redirect=False,
-            assert_same_host=False,  # else it parses the URL once more
-            preload_content=False,
-            decode_content=False,
-        )
-    except urllib3.exceptions.HTTPError as error:
-        # Of a pool of the caller's we see only whether it has opened a connection.
-        kept = opened is not None and opened == _count_connections(pool, origin)
-        broken = isinstance(_root_cause(error), ConnectionError) and upload.sent
-        if kept and broken and not upload.fresh:
-            raise _DeadConnection from error
-        raise
-
-    def release(reusable: bool) -> None:
-        if not reusable:
+    def release(is_reusable: bool) -> None:
+        if not is_reusable:
             wrapper.close()
         wrapper.release_conn()
 
-    # Its own read1() costs three times as much (and 1.26 has none).
-    response = getattr(wrapper, "_original_response", None) or wrapper
     try:
-        _read_head(response)
-    except BaseException:
-        release(False)
-        raise
-    return response, release
+        wrapper = pool.urlopen(
+            "POST",
+            request.url.origin + request.url.target,
+            body=upload,
+            headers=_merge_headers(pool.headers or {}, request.headers, length),
+            timeout=urllib3.Timeout(connect=connect, read=read),
+            pool_timeout=connect,  # for a blocking pool in use
+            retries=False,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+        )
+        # urllib3's own read1() costs three times as much, and 1.26 has none.
+        response = getattr(wrapper, "_original_response", None) or wrapper
+        raw = getattr(getattr(response, "fp", None), "raw", None)
+        return _Reply(response, getattr(raw, "_sock", None), clock, release, where)
+    except (*sockets, urllib3.exceptions.HTTPError) as error:
+        if isinstance(error, ChatStreamError):
+            raise
+        clock.check()
+        # The error of the socket is inside those that urllib3 puts around it.
+        inside = [item for outer in _chain(error) for item in (outer, *outer.args)]
+        cause = next((e for e in inside if isinstance(e, sockets)), error)
+        if _is_timeout(cause) and upload.tell() == len(request.content):
+            raise clock.silence() from cause
+        if _is_timeout(cause) and upload.tell():
+            text = "timed out while sending the request"
+            raise TransportError(f"{where}: {text}") from cause
+        raise _transport_failure(cause, where) from cause
 
 
-def _count_connections(pool: Any, origin: str) -> Optional[int]:
-    if pool is None:
-        return None
-    return getattr(pool.connection_from_url(origin), "num_connections", None)
-
-
-@lru_cache(maxsize=32)
-def _shared_pool(
-    urllib3: Any,
-    origin: str,
-    route: Optional[tuple[str, tuple[tuple[str, str], ...]]],
-    tls: Optional[_TLS],
-    kinds: tuple[Any, Any],
-) -> Any:
-    """One pool for all calls to a server with the same proxy, certificates and kinds of
-    connections, which are here only to tell pools apart. A PoolManager would look for the
-    pool anew in each call.
-
-    route: the URL of the proxy, and the headers for it; None goes straight there.
-    """
-    options: dict[str, Any] = {
-        "maxsize": 1,
-        "socket_options": [
-            *urllib3.connection.HTTPConnection.default_socket_options,
-            *_keepalive_options(),
-        ],
-    }
-    if tls is not None:
-        context, ca_file = _tls_context(tls)
-        if not urllib3.__version__.startswith("1."):
-            options["ssl_context"] = context
-            if route is not None and route[0].startswith("https:"):
-                options["proxy_ssl_context"] = context
-        elif ca_file:
-            # 1.26 gives a context no host name to check where that is an IP address.
-            # Left without one, it makes the same checks itself.
-            options["ca_certs"] = ca_file
-    if route is None:
-        pool = urllib3.connection_from_url(origin, **options)
-    else:
-        url, headers = route
-        manager = urllib3.ProxyManager(url, proxy_headers=dict(headers), **options)
-        pool = manager.connection_from_url(origin)
-    pool.ConnectionCls = _watched(pool.ConnectionCls)
-    pool.pool.maxsize = _POOL_SIZE  # asked for above, as many None would be put in it
-    return pool
-
-
-if hasattr(os, "register_at_fork"):  # a forked child must not write to our connections
-    os.register_at_fork(after_in_child=_shared_pool.cache_clear)
-
-
-def _keepalive_options() -> list[tuple[int, int, int]]:
-    """Socket options, as far as the platform has them."""
-    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-    for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # macOS: the second
-        option = getattr(socket, name, None)
-        if option is not None:
-            options.append((socket.IPPROTO_TCP, option, _KEEPALIVE_SECONDS))
-    return options
-
-
-def _open_plain(
-    request: _Request, upload: _Upload, proxy: Optional[_Proxy], tls: Optional[_TLS]
-) -> _Opened:
-    """On http.client: one connection a call."""
-    import http.client
-
-    peer = proxy or request.url
-    headers = {**request.headers, "Content-Length": str(len(request.body))}
-    target = request.url.target
-    tunnel = proxy is not None and request.url.scheme == "https"
-    if proxy is not None and not tunnel:
-        target = request.url.origin + target  # RFC 9112, 3.2.2: absolute-form
-        headers.update(proxy.headers)
-    if tunnel and peer.scheme == "https":
-        text = "an https:// proxy for an https:// server needs urllib3"
-        raise _Failed(TransportError(text), again=False)
-    seconds = upload.clock.left_of(request.connect_timeout)
-    if tls is None:
-        make = _watched(http.client.HTTPConnection)
-        connection = make(peer.host, peer.port, timeout=seconds)
-    else:
-        make = _watched(http.client.HTTPSConnection)
-        context, _ = _tls_context(tls)
-        connection = make(peer.host, peer.port, timeout=seconds, context=context)
-    if tunnel and proxy is not None:
-        host, port = request.url.host, request.url.port
-        connection.set_tunnel(host, port, dict(proxy.headers))
-    response = None
-    try:
-        connection.socket_options = _keepalive_options()
-        connection.connect()
-        # A server may refuse a large request before it has all of it.
-        with suppress(BrokenPipeError, ConnectionResetError):
-            connection.request("POST", target, body=upload, headers=headers)
-        response = connection.getresponse()
-        _read_head(response)
-    except BaseException:
-        if response is not None:
-            response.close()
-        connection.close()
-        raise
-    return response, lambda reusable: connection.close()
-
-
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 # Proxies and certificates
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 
 
-class _Proxy:
-    """A proxy from the environment.
-
-    headers: tuple of pairs, for the proxy alone; secrets: tuple of str, to be hidden.
-    """
-
-    def __init__(
-        self,
-        scheme: str,
-        host: str,
-        port: int,
-        headers: tuple[tuple[str, str], ...],
-        secrets: tuple[str, ...],
-    ) -> None:
-        self.scheme = scheme
-        self.host = host
-        self.port = port
-        self.headers = headers
-        self.secrets = secrets
-
-    @property
-    def url(self) -> str:
-        return _origin(self.scheme, self.host, self.port)
+def _describe(proxy: Any) -> str:
+    shown = proxy and f"{proxy.scheme}://{proxy.host}:{proxy.port}"
+    return f" (through the proxy {shown})" if shown else ""
 
 
-def _describe_proxy(proxy: Any) -> str:
-    """For messages: without its credentials. Also of a urllib3 ProxyManager's URL."""
-    if proxy is None:
-        return ""
-    port = f":{proxy.port}" if proxy.port else ""
-    return f" (through the proxy {proxy.scheme}://{proxy.host}{port})"
-
-
-def _find_proxy(url: _URL) -> Optional[_Proxy]:
-    """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, as urllib.request reads them."""
+def _find_proxy(url: _URL, secrets: _Secrets) -> Optional[_URL]:
     names = (f"{url.scheme}_proxy", "all_proxy")
     if not any(os.environ.get(n) or os.environ.get(n.upper()) for n in names):
         return None  # spares the import
-    if _is_loopback(url.host):
-        return None
     import urllib.request
     from base64 import b64encode
     from urllib.parse import unquote, urlsplit
 
     settings = urllib.request.getproxies_environment()
     value = (settings.get(url.scheme) or settings.get("all") or "").strip()
-    if not value or _goes_direct(url.host, url.port, settings.get("no", "")):
+    if not value or _goes_direct(url, settings.get("no", "")):
         return None
     try:
         parts = urlsplit(value if "://" in value else "http://" + value)
@@ -2820,38 +1826,44 @@ def _find_proxy(url: _URL) -> Optional[_Proxy]:
         parts, host, port = urlsplit("http:"), None, None
     if not host or "@" in parts.path + parts.query + parts.fragment:  # of a password
         text = f"the URL in {url.scheme.upper()}_PROXY or ALL_PROXY is not valid"
-        raise _Failed(TransportError(text), again=False)
-    if parts.scheme not in _DEFAULT_PORTS:
-        text = (
-            f"the environment asks for a {parts.scheme}:// proxy; http:// and "
-            "https:// are supported (for SOCKS pass "
-            "pool=urllib3.contrib.socks.SOCKSProxyManager(...))"
-        )
-        raise _Failed(TransportError(text), again=False)
-    headers: tuple[tuple[str, str], ...] = ()
-    secrets: tuple[str, ...] = ()
+        raise TransportError(text)
+    if parts.scheme not in _PORTS or parts.scheme == url.scheme == "https":
+        text = "urllib3.ProxyManager(...) or contrib.socks.SOCKSProxyManager(...)"
+        raise TransportError(f"a {parts.scheme}:// proxy needs pool={text}")
+    proxy = _URL(parts.scheme, host, port)
     if parts.username is not None:
         user, password = unquote(parts.username), unquote(parts.password or "")
         pair = f"{user}:{password}".encode("utf-8", "surrogateescape")
         token = b64encode(pair).decode()
-        headers = (("Proxy-Authorization", f"Basic {token}"),)
-        secrets = (token, password)
-    port = port or _DEFAULT_PORTS[parts.scheme]
-    return _Proxy(parts.scheme, host, port, headers, secrets)
+        secrets.add(token, password)
+        proxy.headers["Proxy-Authorization"] = f"Basic {token}"
+    return proxy
 
 
-def _is_loopback(host: str) -> bool:
-    """A proxy would connect to its own loopback."""
-    if host.rstrip(".").lower() == "localhost":
+def _goes_direct(url: _URL, no_proxy: str) -> bool:
+    """NO_PROXY names it, or it is this machine, where a proxy finds itself; servers
+    print 0.0.0.0 and :: as their address."""
+    import ipaddress
+    import urllib.request
+
+    address = _parse_address(url.host)
+    if no_proxy.strip() == "*":
         return True
-    address = _parse_address(host)
-    return address is not None and bool(address.is_loopback)
+    if address is None:
+        bypass: Any = getattr(urllib.request, "proxy_bypass_environment")  # noqa: B009
+        names = {"no": f"localhost,{no_proxy.replace('*.', '.')}"}
+        return bool(bypass(f"{url.host}:{url.port}", names))
+    if address.is_loopback or address.is_unspecified:
+        return True
+    for entry in no_proxy.split(","):
+        with suppress(ValueError):  # a name; urllib.request finds 1.2.3 in 10.1.2.3
+            if address in ipaddress.ip_network(entry.strip(), strict=False):
+                return True
+    return False
 
 
 def _parse_address(host: str) -> Any:
     """-> ipaddress's address; None for a name."""
-    if not host[-1:].isdigit() and ":" not in host:
-        return None  # spares the import
     import ipaddress
 
     try:
@@ -2860,1852 +1872,986 @@ def _parse_address(host: str) -> Any:
         return None
 
 
-def _goes_direct(host: str, port: int, no_proxy: str) -> bool:
-    """Whether NO_PROXY names it: *, a name or the end of one, an address, a network."""
-    name, address = host.rstrip(".").lower(), _parse_address(host)
-    for entry in re.split(r"[,\s]+", no_proxy.lower()):
-        wanted = entry.lstrip("*").lstrip(".").rstrip(".")
-        if entry == "*":
-            return True
-        if not wanted:
-            continue
-        if wanted in (f"{name}:{port}", f"[{name}]:{port}", name, f"[{name}]"):
-            return True
-        if address is None and f".{name}".endswith(f".{wanted}"):
-            return True
-        if address is None and f".{name}:{port}".endswith(f".{wanted}"):
-            return True
-        if address is not None and _is_in_network(address, wanted):
-            return True
-    return False
-
-
-def _is_in_network(address: Any, network: str) -> bool:
-    import ipaddress
-
-    try:
-        return address in ipaddress.ip_network(network, strict=False)
-    except ValueError:
-        return False
-
-
-#: What the certificates depend on: SSL_CERT_FILE and SSL_CERT_DIR.
-_TLS = tuple[str, str]
-
-
-def _tls_settings(url: _URL, proxy: Optional[_Proxy]) -> Optional[_TLS]:
-    """None where there is no TLS."""
-    if url.scheme != "https" and (proxy is None or proxy.scheme != "https"):
-        return None
-    try:
-        import ssl  # noqa: F401
-    except ImportError:
-        text = f"{url.shown}: this Python has no ssl module, which https:// needs"
-        raise _Failed(TransportError(text), again=False) from None
-    return os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", "")
-
-
 @lru_cache(maxsize=16)
-def _tls_context(settings: _TLS) -> tuple[Any, str]:
-    """-> an ssl.SSLContext, the same for both transports, and the file of authorities
-    that it needs beside the interpreter's own; "" for none."""
+def _tls_context(kind: Any, cert_file: str, _: str) -> Any:
+    """Made once for what it depends on; truststore puts another class there."""
     import ssl
 
-    context = ssl.create_default_context()
+    try:
+        context = ssl.create_default_context()
+    except (OSError, ValueError) as error:
+        # Windows' store has a bad certificate; SSLKEYLOGFILE cannot be written.
+        _log.warning("ssl.create_default_context() failed: %s", error)
+        context = kind(ssl.PROTOCOL_TLS_CLIENT)
+        context.set_default_verify_paths()
     context.set_alpn_protocols(["http/1.1"])
-    ca_file, _ = settings
-    if not ca_file and not _has_authorities(context):
+    try:
+        can_trust = bool(context.cert_store_stats()["x509_ca"])
+    except NotImplementedError:  # truststore asks the system
+        can_trust = True
+    folder = ssl.get_default_verify_paths().capath  # where OpenSSL looks later
+    if not (cert_file or can_trust or (folder and os.listdir(folder))):
         try:
             import certifi  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
-            text = (
-                "this Python has no certificates of authorities, so that it can trust "
-                "no https:// server: install certifi beside it, or set SSL_CERT_FILE"
-            )
-            raise _Failed(TransportError(text), again=False) from None
-        ca_file = certifi.where()
-    if ca_file:
+            text = "no certificate authorities: install certifi or set SSL_CERT_FILE"
+            raise TransportError(text) from None
+        cert_file = certifi.where()
+    if cert_file:
         try:
-            context.load_verify_locations(cafile=ca_file)
+            context.load_verify_locations(cafile=cert_file)
         except OSError as error:
-            text = f"SSL_CERT_FILE={ca_file} cannot be read: {error}"
-            raise _Failed(TransportError(text), again=False) from error
-    return context, ca_file
+            text = f"SSL_CERT_FILE={cert_file} cannot be read: {error}"
+            raise TransportError(text) from error
+    return context
 
 
-def _has_authorities(context: Any) -> bool:
-    """Whether it can trust anybody. OpenSSL reads a folder only when it needs it, so that
-    the context does not count what is in one."""
-    import ssl
+# ----------------------------------------------
+# Replies that are not 2xx, and what an error says
+# ----------------------------------------------
 
-    if context.cert_store_stats()["x509_ca"]:
-        return True
-    folder = ssl.get_default_verify_paths().capath
-    return bool(folder and os.listdir(folder))
+#: Bytes and seconds for the body of an error: the status is known and worth more.
+_MAX_ERROR_BODY, _ERROR_BODY_SECONDS = 64 * 1024, 5.0
 
 
-# --------------------------------------------------------------------------------------
-# Replies that are not 2xx
-# --------------------------------------------------------------------------------------
-
-
-def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> _Failed:
-    """-> what a reply that is not 2xx means, with what can be had of its body."""
+def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> ChatStreamError:
     import http.client
 
-    status, headers = reply.status, reply.headers
-    body = request.secrets.hide_in_start(_read_error_body(reply, clock))
-    facts = _ErrorFacts(_parse_error_body(body), request.secrets.hide)
-    text = f"HTTP {status} from {request.url.shown}{reply.via}"
-    said = facts.message or reply.reason or http.client.responses.get(status, "")
-    text += f": {said}" if said else ""
-    location = _without_secrets(request.secrets.hide(headers.get("location", "")))
+    status, headers, hide = reply.status, reply.headers, request.secrets.hide
+    data = b""
+    clock.start_event(_ERROR_BODY_SECONDS)
+    with suppress(_Cut, StreamError, DeadlineError):  # nothing may hide the status
+        for piece in _unpack(_receive(reply), clock):
+            data += piece
+            if len(data) >= _MAX_ERROR_BODY:
+                break
+    body = data[:_MAX_ERROR_BODY].decode("utf-8-sig", "replace")
+    values = _parse_run(body)
+    if values is None:  # behind `data:` and other fields (DashScope), or no JSON
+        values = [v for line in body.splitlines() for v in _parse_run(line) or ()]
+    facts = _error_facts(_open_lists(values) or body, hide)
+    del facts["type"]
+    reason = getattr(reply.response, "reason", "")
+    said = facts["message"] or reason or http.client.responses.get(status, "")
+    text = f"HTTP {status} from {reply.where}" + (f": {said}" if said else "")
+    location = re.split("[?#]", hide(headers.get("location", "")))[0]
     if 300 <= status < 400 and location:
+        # Without user:password@, however it is written.
+        location = re.sub("//.*@", "//", _one_line(location, _MAX_SENTENCE))
         text += f" (redirects are not followed; Location: {location})"
-    elif status == 401 and not _sends_key(request):
+    elif status == 401 and not request.secrets.are_sent:
         source = f" or set {request.key_source}" if request.key_source else ""
         text += f" (no key was sent: pass api_key={source})"
     elif status == 404 and request.url.target.startswith("/chat/completions"):
         text += " (the base URL has no path: does it lack /v1?)"
-    wait = _retry_after(headers)
-    again = status in _PASSING_STATUSES
-    asked = headers.get("x-should-retry", "").lower()
-    again = {"true": True, "false": False}.get(asked, again)
-    again = again and _SPENT not in (facts.code, facts.type)
-    error = (RetryLimitError if again else StatusError)(
-        text,
-        status=status,
-        body=body,
-        message=facts.message,
-        code=facts.code,
-        retry_after=wait,
-        headers=headers,
-    )
-    return _Failed(error, again=again, wait=wait)
+    wait = _retry_after(headers, body)
+    again = _may_retry(headers, str(status) in _PASSING) and _SPENT not in body
+    facts.update(status=status, body=body, retry_after=wait, headers=headers)
+    error = RetryLimitError(text, **facts) if again else StatusError(text, **facts)
+    return _Retryable(error=error, wait=wait) if again else error
 
 
-def _sends_key(request: _Request) -> bool:
-    names = " ".join(request.headers).lower()
-    return any(word in names for word in _SECRET_NAMES)
+#: Where the sentence is, the most believed first, in lower case without _. OpenRouter's
+#: own message says only that there was one; it is in metadata.raw.
+_SENTENCES = "metadata raw errordescription error message detail details errors msg"
+_SENTENCES += " errormsg errormessage baseresp statusmsg text title description reason"
+
+#: Where they put its code and type.
+_CODES, _KINDS = ("code", "error_code", "status_code"), ("type", "error_type")
 
 
-def _without_secrets(location: str) -> str:
-    """A URL without query, fragment and user:password, however it is written."""
-    location = re.split("[?#]", _one_line(location, _MAX_SENTENCE))[0]
-    scheme, slashes, rest = location.partition("//")
-    return scheme + slashes + rest.rpartition("@")[2]
+def _error_facts(value: Any, hide: Callable[[str], str]) -> dict[str, Any]:
+    body = _first_dict(value)
+    parts = (body.get(name) for name in ("error", "base_resp", "errors"))
+    known = {**body, **next((d for d in map(_first_dict, parts) if d), {})}
+
+    def first(*names: str) -> Any:
+        return next((known[n] for n in names if known.get(n) is not None), None)
+
+    found = [text for text in _find_sentences(value) if text.strip()]
+    found.sort(key=lambda text: " " not in text.strip())
+    message = _one_line(hide(found[0]), _MAX_SENTENCE) if found else ""
+    return {"message": message, "code": first(*_CODES), "type": first(*_KINDS)}
 
 
-def _read_error_body(reply: _Reply, clock: _Clock) -> str:
-    """What can be had of it in a few seconds. Nothing here may hide the status."""
-    pieces: list[bytes] = []
-    left = _MAX_ERROR_BODY
-    with suppress(StreamError, DeadlineError), clock.phase(_ERROR_BODY_SECONDS):
-        for piece in _read_body(reply, clock):
-            pieces.append(piece[:left])
-            left -= len(pieces[-1])
-            if not left:
-                break
-    return b"".join(pieces).decode("utf-8", "replace")
+def _first_dict(value: Any) -> dict[str, Any]:
+    items = value if isinstance(value, list) else [value]
+    return next((item for item in items if isinstance(item, dict)), {})
 
 
-def _retry_after(headers: Mapping[str, str]) -> Optional[float]:
-    """Seconds; None if the server does not say, or says what is no time to wait."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        value = headers.get(name, "")
-        first = value.partition(",")[0].strip()  # it may stand on two lines
-        if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", first):
-            seconds = float(first) * unit
+def _find_sentences(value: Any, depth: int = 0) -> Iterator[str]:
+    """The most believed first, also of JSON inside a string. Of a web page it is the
+    title: the rest may hold the caller's address."""
+    if isinstance(value, str):
+        values = _parse_run(value) if value.lstrip()[:1] in ("{", "[") else None
+        if values and depth < 8:
+            yield from _find_sentences(values, depth + 1)
+        elif re.match(r"\s*<(!doctype|html|head|body|\?xml)\b", value, re.IGNORECASE):
+            import html
+
+            title = re.search(r"<title[^>]{0,200}>([^<]*)", value, re.IGNORECASE)
+            yield html.unescape(title[1]) if title else ""
         else:
-            seconds = _seconds_until(value) if name == "retry-after" else -1.0
-        if math.isfinite(seconds) and seconds > 0:
-            return seconds
-    return None
+            yield value
+    elif isinstance(value, list) and depth < 8:
+        for item in value:
+            yield from _find_sentences(item, depth + 1)
+    elif isinstance(value, dict) and depth < 8:
+        members = {name.lower().replace("_", ""): item for name, item in value.items()}
+        for name in _SENTENCES.split():
+            yield from _find_sentences(members.get(name), depth + 1)
 
 
-def _seconds_until(date: str) -> float:
-    """An HTTP-date (RFC 9110, 5.6.7), which is always in GMT; -1.0 if it is none."""
-    import calendar
-    from email.utils import parsedate
-
-    try:
-        return calendar.timegm(parsedate(date) or ()) - time.time()
-    except (TypeError, ValueError, OverflowError, IndexError):  # the last one on 3.9
-        return -1.0
-
-
-# --------------------------------------------------------------------------------------
-# What an error says
-# --------------------------------------------------------------------------------------
-
-
-#: Where servers put the sentence, in the order in which they are believed. In lower case
-#: and without _, since some write errorMessage or Message.
-_SENTENCE_MEMBERS = (
-    *("errordescription", "error", "message", "detail", "details", "msg", "text"),
-    *("errormsg", "errormessage", "baseresp", "statusmsg", "errors"),
-    *("title", "description", "reason", "fault", "faultstring", "header"),
-)
-
-#: Of a flat error: members with its sentence, and with its code.
-_FLAT_SENTENCES = (
-    *("message", "msg", "text"),
-    *("error_msg", "error_message", "errorMessage"),
-)
-_CODES = ("code", "error_code", "status_code")
-
-#: Codes, in lower case, that are none: iFlytek and others put them into every chunk.
-_GOOD_CODES = ("", "0", "200", "ok", "success", "none", "false", "true")
-
-
-def _find_error(chunk: dict[str, Any], *, is_named: bool) -> Optional[dict[str, Any]]:
-    """-> the object in a chunk that reports an error; None if none does.
-
-    is_named: its event has a name of its own, and may tell of anything (progress).
-    """
-    choices = _choices_in(chunk)
-    for part in (chunk, *choices, chunk.get("x_groq")):
-        if isinstance(part, dict) and _says_something(part.get("error")):
+def _find_error(chunk: dict[str, Any], is_named: bool) -> Optional[dict[str, Any]]:
+    """-> the object in a chunk that reports one. is_named: its event may tell of
+    anything."""
+    choices = _choices_of(chunk)
+    for part in map(_first_dict, (chunk, chunk.get("x_groq"), *choices)):
+        error = part.get("error")
+        # In a Go server's empty object there are members, and they are empty.
+        if any(error.values()) if isinstance(error, dict) else error:
             return part
-    if choices:
-        return None
     is_error = "error" in (chunk.get("object"), chunk.get("type"))  # vLLM, Mistral
-    if is_error or (not is_named and _is_flat_error(chunk)):
+    if choices or (is_named and not is_error):
+        return None
+    names = ("message", "msg", "text", "error_msg", "error_message", "errorMessage")
+    errors, detail = chunk.get("errors"), chunk.get("detail")
+    if (
+        is_error
+        or (detail and chunk.keys() <= {"detail", "status", *_CODES})  # FastAPI
+        or (errors and isinstance(errors, list))  # Cloudflare
+        or _has_bad_code(chunk.get("base_resp"))  # MiniMax
+        or (_has_bad_code(chunk) and any(type(chunk.get(n)) is str for n in names))
+    ):
         return chunk
     return None
 
 
-def _says_something(error: Any) -> bool:
-    """null, {}, "" and [] are no errors, nor is an object of these (one-api, in Go)."""
-    return any(error.values()) if isinstance(error, dict) else bool(error)
+def _has_bad_code(value: Any) -> bool:
+    codes = [value.get(n) for n in _CODES] if isinstance(value, dict) else []
+    codes = [str(code).lower() for code in codes if type(code) in (int, str)]
+    return not {"", "0", "200", "ok", "success"}.issuperset(codes)
 
 
-def _is_flat_error(chunk: dict[str, Any]) -> bool:
-    """FastAPI; Cloudflare; MiniMax; DashScope, Cerebras and Baidu; iFlow."""
-    errors = chunk.get("errors")
-    if chunk.get("detail") or (errors and isinstance(errors, list)):
-        return True
-    if _is_bad_code(_first_dict(chunk.get("base_resp")).get("status_code")):
-        return True
-    if not any(isinstance(chunk.get(name), str) for name in _FLAT_SENTENCES):
-        return False
-    is_bad = any(_is_bad_code(chunk.get(name)) for name in _CODES)
-    return is_bad or _is_bad_status(chunk.get("status"))
+# ----------------------------------------------
+# The answer: lines -> JSON -> chunks
+# ----------------------------------------------
 
+#: [DONE], among the JSON values of a text.
+_DONE: Any = object()
 
-def _is_bad_code(code: Any) -> bool:
-    if not isinstance(code, (str, int, float)):
-        return False
-    return str(code).lower().removesuffix(".0") not in _GOOD_CODES
+#: What may stand around JSON values: frameworks add a `data:`, GLM omits line ends.
+_match_seam = re.compile(r"(?:[ \t\r\n]+|data:|\[?DONE\]?)*").match
 
+#: How JSON begins in a line without `data:`, unlike a line of a log ("[INFO]").
+_match_bare = re.compile(r'\s*(?:[{\[]\s*(?:["{}\[\]]|\Z)|\[DONE\])').match
 
-def _is_bad_status(status: Any) -> bool:
-    """As in HTTP. Words tell of progress, too."""
-    if not isinstance(status, (str, int)):
-        return False
-    return re.fullmatch("[4-9][0-9][0-9]", str(status)) is not None
+#: An error that is no JSON: transformers escapes no quotes in it.
+_match_error = re.compile(r'\s*\{\s*"error"\s*:').match
 
-
-def _server_error(
-    text: str, hide: Callable[[str], str], raw: Any = None, part: Any = None
-) -> ServerError:
-    """raw: the parsed JSON, if it is JSON; part: the object in it that is the error."""
-    text = hide(text)
-    if raw is None:
-        raw = _parse_json(text)
-    if raw is None:
-        raw = text
-    facts = _ErrorFacts(raw if part is None else part, hide)
-    message = facts.message or _one_line(_without_page(text), _MAX_SENTENCE)
-    code = _one_line(hide(str(facts.code)), 40)
-    shown = f" (code {code})" if facts.code is not None else ""
-    return ServerError(
-        f"the server reported an error inside its answer: {message}{shown}",
-        message=message,
-        code=facts.code,
-        type=facts.type,
-        raw=raw,
-    )
-
-
-class _ErrorFacts:
-    """What an error's parsed JSON says, of whatever shape."""
-
-    def __init__(self, value: Any, hide: Callable[[str], str]) -> None:
-        body = _first_dict(value)
-        error = _first_dict(body.get("error")) or body
-        parts = list(_error_parts(value))
-        dicts = [error, body, *(part for part in parts if isinstance(part, dict))]
-        codes = [item.get(name) for item in dicts for name in _CODES]
-        codes += filter(_is_bad_status, (item.get("status") for item in dicts))
-        types = [item.get(name) for item in dicts for name in ("type", "error_type")]
-        self.code = next((code for code in codes if code is not None), None)
-        self.type = next((kind for kind in types if kind is not None), None)
-        if _SPENT in codes + types:  # also deep inside what a gateway put around it
-            self.code = _SPENT
-        self.message = _one_line(hide(_find_sentence(parts)), _MAX_SENTENCE)
-        # OpenRouter's own sentence says only that the provider has sent an error.
-        raw = _first_dict(error.get("metadata")).get("raw")
-        reason = _one_line(hide(_find_sentence(_error_parts(raw))), _MAX_SENTENCE)
-        if reason[:1] not in ("", "{", "[") and reason not in self.message:
-            both = f"{self.message}: {reason}" if self.message else reason
-            self.message = _one_line(both, _MAX_SENTENCE)
-
-
-def _first_dict(value: Any) -> dict[str, Any]:
-    """`value` if it is a dict; of a list (Gemini's errors) the first dict in it; else {}."""
-    if isinstance(value, list):
-        value = next((item for item in value if isinstance(item, dict)), None)
-    return value if isinstance(value, dict) else {}
-
-
-class _Label(str):
-    """A word like rate_limit or a status in words, in the place of a sentence."""
-
-
-def _find_sentence(parts: Iterable[Any]) -> str:
-    """The first sentence of _error_parts(); "" if there is none. Beside a label, in which
-    Spring and NestJS say nothing new, also the one that follows."""
-    sentences = (part for part in parts if isinstance(part, str) and part.strip())
-    sentence = next(sentences, "")
-    if isinstance(sentence, _Label):
-        more = next((text for text in sentences if text != sentence), "")
-        return f"{sentence}: {more}" if more else str(sentence)
-    return sentence
-
-
-def _error_parts(value: Any, depth: int = 0) -> Iterator[Any]:
-    """The dicts and the sentences in an error's JSON, also in JSON inside a string: each
-    dict before what is in it, and what says most before the rest."""
-    if isinstance(value, str):
-        inner = _parse_json(value) if value.lstrip()[:1] in ("{", "[") else None
-        if inner and depth <= 8:
-            yield from _error_parts(inner, depth + 1)
-        yield value if isinstance(value, _Label) else _without_page(value)
-        return
-    found: Iterable[Any] = ()
-    if isinstance(value, list):
-        found = value
-    elif isinstance(value, dict):
-        yield value
-        found = _sentences_in(value)
-    if depth <= 8:
-        for item in found:
-            yield from _error_parts(item, depth + 1)
-
-
-def _sentences_in(error: dict[str, Any]) -> list[Any]:
-    """The members of a dict that may hold the sentence, the most believed first."""
-    members: dict[str, Any] = {}
-    for name, value in error.items():
-        name = name.lower().replace("_", "")
-        members[name] = members.get(name) or value
-    label = members.get("error")
-    if isinstance(label, str) and _is_label(label):
-        members["error"] = _Label(label)
-    by_field = members.get("errors")  # ASP.NET's, the first to be believed
-    fields = list(by_field.values()) if isinstance(by_field, dict) else []
-    if fields:
-        del members["errors"]
-    return fields + [members[name] for name in _SENTENCE_MEMBERS if name in members]
-
-
-def _is_label(text: str) -> bool:
-    import http.client
-
-    if text in http.client.responses.values():
-        return True
-    return re.fullmatch(r"\w+", text) is not None
-
-
-def _parse_error_body(body: str) -> Any:
-    """-> the JSON in it, also behind `data:` (DashScope); the sentence in JSON that is not
-    whole (FastAPI sends a large request back); else its text."""
-    text = body.lstrip("\ufeff")
-    behind = re.findall(r"^data:(.*)", text, re.MULTILINE)
-    for part in (text, *behind):
-        values = _parse_values(part)
-        if values:
-            return values if len(values) > 1 else values[0]
-    if text.lstrip()[:1] in ("{", "["):
-        literal = r'"(?:message|msg|detail)"\s*:\s*("(?:[^"\\]|\\.)*")'
-        sentences = (_parse_json(found[1]) for found in re.finditer(literal, text))
-        return next((s for s in sentences if s and s.strip()), text)
-    return _title(text) if text.lstrip()[:1] == "<" else text
-
-
-#: Where a page of HTML begins in a text. An <html> in a sentence is none.
-_PAGE = r"<!doctype\s+html|<html[^<>]*>\s*<|\A\s*<(?:html|head|body|\?xml)\b"
-
-
-def _without_page(text: str) -> str:
-    """Of a page of HTML in a text only the title."""
-    page = re.search(_PAGE, text, re.IGNORECASE)
-    return text[: page.start()] + _title(text[page.start() :]) if page else text
-
-
-def _title(page: str) -> str:
-    """Of HTML, or the sentence of XML: the body of an error page may hold the caller's
-    address (Cloudflare)."""
-    import html
-
-    title = re.search(r"<(?:title|message)[^>]{0,200}>([^<]*)", page, re.IGNORECASE)
-    return html.unescape(title[1]) if title else ""
-
-
-# --------------------------------------------------------------------------------------
-# The answer: bytes -> lines -> SSE events
-# --------------------------------------------------------------------------------------
-
-
-class _Lines:
-    """Splits at LF, CRLF and CR (WHATWG SSE, 9.2.5), and at nothing else.
-
-    A line is searched for its end only where it is new, and joined once: a large event in
-    small reads stays linear.
-    """
-
-    def __init__(self) -> None:
-        self._start: Optional[bytes] = b""  # until a BOM is told from other bytes
-        self._after_cr = False
-        self._unfinished: list[bytes] = []  # pieces of the last line
-        self._size = 0  # of them together
-
-    def feed(self, block: bytes) -> list[bytes]:
-        """-> the lines that have ended in a block, without their ends."""
-        if self._start is not None:
-            block = self._start + block
-            if len(block) < len(_BOM) and _BOM.startswith(block):
-                self._start = block
-                return []
-            self._start = None
-            block = block.removeprefix(_BOM)
-        if self._after_cr or b"\r" in block:
-            if self._after_cr and block.startswith(b"\n"):
-                block = block[1:]
-            self._after_cr = block.endswith(b"\r")
-            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        lines = block.split(b"\n")
-        last = lines.pop()
-        if lines and self._unfinished:
-            lines[0] = b"".join([*self._unfinished, lines[0]])
-            self._unfinished = []
-            self._size = 0
-        if last:
-            self._size += len(last)
-            _check_size(self._size)
-            self._unfinished.append(last)
-        return lines
-
-    def end(self) -> list[bytes]:
-        """-> the last line, if it has no end."""
-        last = self._start or b"".join(self._unfinished)
-        return [last] if last else []
-
-
-def _check_size(size: int) -> None:
-    if size > _MAX_EVENT:
-        raise StreamError(
-            f"expected events of at most {_MAX_EVENT} bytes, got a larger one"
-        )
-
-
-#: What _SSE finds: the text behind `data:`; the same in an event with a name of its own;
-#: text of an error; JSON without `data:`; a line that is neither; [DONE].
-_DATA, _NAMED, _ERROR = "data", "named", "error"
-_BARE, _ASIDE, _DONE = "bare", "aside", "done"
-
-#: What the last event holds: as OpenAI writes it; java-genai and codex's stubs; encoded.
-_DONE_TEXTS = (b"[DONE]", b"DONE", b'"[DONE]"')
-
-
-class _SSE:
-    """Events (WHATWG SSE, 9.2.6) and what servers write in their place -> (kind, text).
-
-    Unlike a browser it also gives an event that the end of the body cuts short of its
-    blank line (llama.cpp, xAI, Groq), and does not wait for the blank line of [DONE].
-    """
-
-    def __init__(self) -> None:
-        self._kind = _DATA  # of the event that is being read
-        self._data: list[bytes] = []  # its lines, without `data:`
-        self._bare: list[bytes] = []  # lines of JSON that stands there without `data:`
-        self._brackets = _Brackets()  # of the JSON in either
-        self._looked = 0  # so many lines of data are counted in them
-        self._size = 0  # of the lines in either
-        self._is_dense = False  # events come without blank lines between them
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the next line may begin an event, and nothing else."""
-        return not self._data and not self._bare and self._kind is _DATA
-
-    def feed(self, lines: list[bytes]) -> Iterator[tuple[str, bytes]]:
-        for line in lines:
-            if not line:
-                yield from self.flush()
-                self._kind = _DATA
-                self._is_dense = False
-            elif line.startswith(b"data:"):
-                yield from self._read_data(line)
-            else:
-                yield from self._read_other(line)
-
-    def flush(self) -> Iterator[tuple[str, bytes]]:
-        """The event, or the bare JSON, as far as it has been read."""
-        if self._data:
-            text = b"\n".join(self._data)
-            self._data.clear()
-            if self._looked:
-                self._brackets, self._looked = _Brackets(), 0
-            yield self._kind, text
-        if self._bare:
-            text = b"\n".join(self._bare)
-            self._bare.clear()
-            self._brackets = _Brackets()
-            yield _ERROR if self._kind is _ERROR else _BARE, text
-
-    def _add(self, lines: list[bytes], line: bytes) -> None:
-        self._size = self._size + len(line) + 1 if lines else len(line)
-        _check_size(self._size)
-        lines.append(line)
-
-    def _read_data(self, line: bytes) -> Iterator[tuple[str, bytes]]:
-        start = 0
-        while line.startswith(b"data:", start):  # frameworks add a prefix of their own
-            start += 5
-            if line.startswith(b" ", start):
-                start += 1
-        value = line[start:]
-        is_done = value.strip() in _DONE_TEXTS
-        is_next = self._begins_next(value)
-        was_dense, self._is_dense = self._is_dense, self._is_dense or is_next
-        if self._bare or is_done or is_next:
-            yield from self.flush()
-        if is_done:
-            yield _DONE, b""
-            return
-        self._add(self._data, value)
-        if self._is_dense and not self._is_open() and self._brackets.opened:
-            yield from self.flush()
-            self._kind = _DATA if was_dense else self._kind
-
-    def _begins_next(self, value: bytes) -> bool:
-        """Whether a line of data begins another event, though no blank line came.
-
-        GLM, Kimi and AgentRouter leave those out, and all they send would be one event
-        that ends with the answer. Joined or not, such lines say the same.
-        """
-        if not self._data or self._kind is _ERROR:
-            return False
-        if value.lstrip()[:1] not in (b"{", b"["):
-            return False
-        if self._is_open():  # unless what is open was cut, and never goes on
-            return self._is_dense and value.startswith(b"{") and b'"choices"' in value
-        return True
-
-    def _is_open(self) -> bool:
-        """Whether JSON that began in the lines of data is to go on."""
-        for line in self._data[self._looked :]:
-            self._brackets.feed(line.decode("latin-1"))
-        self._looked = len(self._data)
-        return self._brackets.opened > 0 and not self._brackets.are_closed
-
-    def _read_other(self, line: bytes) -> Iterator[tuple[str, bytes]]:
-        """A line that is not `data:`."""
-        name, _, value = line.partition(b":")
-        if not name:
-            return  # a comment
-        if name in (b"event", b"id", b"retry", b"data"):
-            if self._bare:
-                yield from self.flush()
-            if name == b"event":
-                self._kind = _kind_of(value.strip())
-            elif name == b"data":  # without a colon: empty (WHATWG SSE, 9.2.6)
-                self._add(self._data, b"")
-        elif name.lower() == b"error":  # a field of llama.cpp's and gpustack's
-            yield from self.flush()
-            if value.strip() not in (b"", b"null", b'""', b"{}", b"[]"):
-                yield _ERROR, value
-        elif self._bare or line.lstrip()[:1] in (b"{", b"["):
-            yield from self._read_bare(line)
-        else:
-            yield _ASIDE, line
-
-    def _read_bare(self, line: bytes) -> Iterator[tuple[str, bytes]]:
-        is_done = line.strip() in _DONE_TEXTS
-        if self._data or is_done:
-            yield from self.flush()
-        if is_done:
-            yield _DONE, b""
-            return
-        self._add(self._bare, line)
-        self._brackets.feed(line.decode("latin-1"))
-        if self._brackets.are_closed:
-            yield from self.flush()
-
-
-def _kind_of(name: bytes) -> str:
-    """What an event is that has this name."""
-    if name.lower() == b"error":
-        return _ERROR
-    return _DATA if name in (b"", b"message") else _NAMED
-
-
-class _Brackets:
-    """Whether JSON that comes in pieces is whole so far, by its brackets.
-
-    Each character is looked at once, where a parser would have to begin anew.
-    """
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = 0
-        self._cut = ""  # a backslash whose character is still to come
-        self.opened = 0  # so many, all in all
-
-    def feed(self, text: str) -> None:
-        text = re.sub(r"\\.", "", self._cut + text, flags=re.DOTALL)
-        self._cut = "\\" if text.endswith("\\") else ""
-        parts = text.split('"')
-        outside = "".join(parts[self._in_string :: 2])
-        self._in_string ^= (len(parts) - 1) & 1
-        opened = outside.count("{") + outside.count("[")
-        self._depth += opened - outside.count("}") - outside.count("]")
-        self.opened += opened
-
-    @property
-    def are_closed(self) -> bool:
-        return self.opened > 0 and self._depth <= 0 and not self._in_string
-
-
-# --------------------------------------------------------------------------------------
-# The answer: texts -> chunks -> our events
-# --------------------------------------------------------------------------------------
-
-
-#: Not strict: control characters may stand in a string as they are (GenieX, pi).
+#: Control characters may stand in a string as they are (GenieX, pi).
 _parse_json_at = json.JSONDecoder(strict=False).raw_decode
 
-#: -> a match of the blanks that JSON may have between two values.
-_match_blanks: Any = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
 
-
-def _parse_values(text: str) -> Optional[list[Any]]:
-    """-> the JSON values in a text, one behind the other; None if it is anything else."""
-    if len(text) > _MAX_OBJECTS:
-        brackets = _Brackets()
-        brackets.feed(text)
-        if brackets.opened > _MAX_OBJECTS:
-            raise StreamError(f"expected events of at most {_MAX_OBJECTS} JSON objects")
+def _parse_run(text: str) -> Optional[list[Any]]:
+    """-> the JSON values in a text, and _DONE; None if there is anything else in it."""
     values: list[Any] = []
-    place = _match_blanks(text, 0).end()
+    at = 0
     try:
-        while place < len(text):
-            value, place = _parse_json_at(text, place)
+        while True:
+            end = _match_seam(text, at).end()  # type: ignore[union-attr]
+            if text.find("DONE", at, end) >= 0:
+                values.append(_DONE)
+            if end == len(text):
+                return values
+            value, at = _parse_json_at(text, end)
             values.append(value)
-            place = _match_blanks(text, place).end()
-    except (ValueError, RecursionError) as error:
-        _pass_on(error)
-        return None
-    return values
-
-
-def _split_glued(line: str) -> list[str]:
-    """The parts of a line in which the next events stand without a line end before them,
-    often behind one that was cut (GLM). One part if the line is JSON as it is, or if no
-    part of it is a chunk."""
-    first, *others = re.split(r"data:(?=\s*[{\[])", line)
-    is_sentence = first.lstrip()[:6].lower() == "error:"
-    if not others or is_sentence or len(others) > _MAX_OBJECTS:
-        return [line]
-    ends = others[-1].strip().encode() in _DONE_TEXTS
-    texts = others[:-1] if ends else others
-    has_chunk = any(
-        isinstance(value, dict) and value.keys() & {"choices", "usage", "error"}
-        for text in texts or [first]
-        for value in _parse_values(text) or ()
-    )
-    return [first, *others] if has_chunk and _parse_values(line) is None else [line]
-
-
-def _parse_json(text: str) -> Any:
-    """-> the JSON value; None if the text is not JSON (or is null)."""
-    try:
-        return json.loads(text, strict=False)
-    except (ValueError, RecursionError) as error:
-        _pass_on(error)
+    except (ValueError, RecursionError):
         return None
 
 
-def _dump(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except RecursionError:
-        return "..."
+def _open_lists(values: Optional[list[Any]]) -> list[Any]:
+    """Lists are opened (Azure, Vertex); null is padding."""
+    opened: list[Any] = []
+    for value in values or ():
+        opened += value if isinstance(value, list) and value else [value]
+    return [value for value in opened if value is not None]
+
+
+def _choices_of(chunk: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = chunk.get("choices")
+    items = choices if isinstance(choices, list) else []
+    return [item for item in items if isinstance(item, dict)]
+
+
+def _has_chunk(values: Optional[list[Any]]) -> bool:
+    dicts = [value for value in values or () if isinstance(value, dict)]
+    return any("choices" in value or "error" in value for value in dicts)
 
 
 def _word(value: Any) -> str:
-    """A str; "" for all else, and for the words that say as much (KoboldCpp, LiteLLM)."""
-    if not isinstance(value, str) or value in ("null", "None"):
-        return ""
-    return _replace_surrogates(value)
+    """ "" also for words that say as much (KoboldCpp, LiteLLM)."""
+    is_word = isinstance(value, str) and value not in ("null", "None")
+    return _valid_unicode(value) if is_word else ""
+
+
+#: Bytes without a chunk that says something: a server gone wrong.
+_MAX_EVENT = 64 * 1024 * 1024
+
+#: No model makes as many.
+_MAX_CHOICES = _MAX_CALLS = 1024
 
 
 class _Answer:
-    """All that is known of one answer: feed() it bytes, then end() it.
+    """feed() it bytes, then end() it.
 
-    done: bool, [DONE] has come, and nothing after it counts.
-    started: bool, it has given an event.
-    said: int, a number that grows with chunks that have a choice or usage in them.
-    """
+    done: [DONE] has come, and nothing after it counts. started: it has given an event.
+    said: how many chunks had a choice or usage. cut: why its bytes ended too early."""
 
-    def __init__(
-        self,
-        *,
-        strict: bool,
-        raw: bool,
-        one_choice: bool,
-        content_type: str = "",
-        request_id: str = "",
-        headers: Optional[dict[str, str]] = None,
-        hide: Callable[[str], str] = str,
-    ) -> None:
+    def __init__(self, strict: bool, raw: bool, choices: int = 0, **reply: Any) -> None:
         self.done = False
         self.started = False
         self.said = 0
+        self.cut: Optional[ChatStreamError] = None
         self._strict = strict
         self._raw = raw
-        self._one_choice = one_choice
-        self._content_type = content_type
-        self._request_id = request_id
-        self._headers = headers or {}
-        self._hide = hide  # for what is quoted
-
-        self._lines = _Lines()
-        self._sse = _SSE()
-        self._shortcut = _Shortcut()
-        self._response_id = ""
-        self._model = ""
-        self._usage: Optional[Usage] = None
+        self._asked = choices
+        self.hide: Callable[[str], str] = str
+        self._completed = Completed(**reply)
         self._choices: dict[int, _Choice] = {}
         self._has_chunks = False
-        self._is_bare = False  # its chunks came without `data:`
-        self._skipped = 0
-        self._skipped_text = ""  # the first one
-        self._other_text = ""  # the first that is neither chunk nor padding
-        self._other_size = 0
 
-    # Bytes
+        self._is_first = True  # the first line may begin with a BOM
+        self._after_cr = False  # an LF belongs to the line end before it
+        self._tail: list[bytes] = []  # pieces of the line that has not ended
+        self._size = 0  # of all since a chunk said something
+        self._sized_at = 0  # `said`, then
+        self._name = ""  # of the event
+        self._comments: list[str] = []  # in an event named error
+        self._pending: list[str] = []  # lines of data that are no JSON alone
+
+        self._unread = ""  # the start of what nobody could read since the last chunk
+        self._skipped = ""  # the first text that was skipped
+        self._match: Any = _match_nothing  # the shortcut: a line -> its event, or None
+        self._learned_at = 0  # `said`, when that was made
+        self._wasted = 0  # of these in a row that were never taken
+
+    # Bytes -> lines
 
     def feed(self, block: bytes) -> Iterator[Event]:
-        """The events in the next bytes. Raises StreamError, after those before it."""
-        lines = self._lines.feed(block)
-        start = 0
-        if not self._sse.is_idle:
-            start = lines.index(b"") + 1 if b"" in lines else len(lines)
-            yield from self._feed_lines(lines[:start])
-            if self.done:
-                return
-        # Nearly always it goes on with events of one line each, and blank lines between.
-        end = start + (len(lines) - start) // 2 * 2
-        if any(lines[start + 1 : end : 2]):
-            end = start
-        match, hits = self._shortcut.match, 0
-        for line in lines[start:end:2]:
-            event = match(line)
-            if event is not None:
-                hits += 1
-                yield event
+        match = self._match
+        for line in self._split(block):
+            if line:
+                event = match(line)
+                if event is not None:
+                    self.said += 1
+                    yield event
+                    continue
+                events = self._read_line(line)
+            elif self._name or self._pending:
+                events = self._end_event()
+            else:
                 continue
-            self._count_hits(hits)
-            yield from self._feed_lines([line, b""])
+            for event in events:
+                self.started = True
+                yield event
             if self.done:
                 return
-            match, hits = self._shortcut.match, 0
-        self._count_hits(hits)
-        if end < len(lines):
-            yield from self._feed_lines(lines[end:])
+            match = self._match
 
-    def _feed_lines(self, lines: list[bytes]) -> Iterator[Event]:
-        for kind, data in self._sse.feed(lines):
-            yield from self._read(kind, data)
-            if self.done:
-                return
+    def _split(self, block: bytes) -> list[bytes]:
+        """They end in LF, CR or CRLF (WHATWG SSE, 9.2.5). Linear, also for a large
+        line."""
+        self._size = len(block) + (self._size if self.said == self._sized_at else 0)
+        self._sized_at = self.said
+        if self._size > _MAX_EVENT:
+            raise StreamError(f"expected an event of at most {_MAX_EVENT} bytes")
+        if self._after_cr and block.startswith(b"\n"):
+            block = block[1:]
+        self._after_cr = block.endswith(b"\r")
+        self._tail.append(block)
+        if b"\n" not in block and b"\r" not in block:
+            return []
+        lines = b"".join(self._tail).splitlines()
+        self._tail = [] if block.endswith((b"\n", b"\r")) else [lines.pop()]
+        if self._is_first:
+            self._is_first = False
+            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+        return lines
 
-    def _count_hits(self, hits: int) -> None:
-        """The shortcut has given so many events."""
-        if hits:
-            self.said += hits
-            self._shortcut.keep_on()
+    # Lines -> JSON
 
-    def end(self, cut: Union[StreamError, DeadlineError, None]) -> Iterator[Event]:
-        """The events still held back, and Completed; or raise how it went wrong.
-
-        cut: why no more bytes come; None: the body ended properly, or [DONE] came.
-        """
-        if not self.done:
-            yield from self._feed_lines(self._lines.end())
-        if not self.done:
-            for kind, data in self._sse.flush():
-                yield from self._read(kind, data, is_cut=cut is not None)
-        yield from self._give(self._take_halves())
-        if self._skipped:
-            _log.warning(
-                "skipped data that is no JSON object, %d time(s), first: %r",
-                self._skipped,
-                self._skipped_text,
-            )
-        self._check_end(cut)
-        choices = self._choices.values()
-        reasons = {c.index: c.finish_reason for c in choices if c.finish_reason}
-        yield Completed(
-            response_id=self._response_id,
-            model=self._model,
-            finish_reason=reasons.get(0),
-            finish_reasons=reasons,
-            usage=self._usage,
-            skipped=self._skipped,
-            request_id=self._request_id,
-            headers=dict(self._headers),
-        )
-
-    def _check_end(self, cut: Union[StreamError, DeadlineError, None]) -> None:
-        """Raise or log what is wrong with the way the answer ended, if anything is."""
-        choices = self._choices.values()
-        if cut is None and not self._has_chunks and self._other_text:
-            shown = self._content_type or "no content type"
-            raise StreamError(
-                "the answer is no chat completion: expected chunks with choices, got "
-                f"{self._other_text!r} ({shown})"
-            )
-        finished = bool(choices) and all(c.is_finished(self.done) for c in choices)
-        if cut is None and finished:
-            return
-        fault = cut or TruncatedStreamError(
-            "the stream ended without a finish_reason: the answer may be cut"
-        )
-        # Broken off after its finish reason, or ended properly without one: bad if strict.
-        if self._strict or (cut is not None and not finished):
-            raise fault
-        _log.warning("%s", self._hide(str(fault)))
-
-    def _give(self, events: Sequence[Event]) -> Sequence[Event]:
-        self.started = self.started or bool(events)
-        return events
-
-    # Texts
-
-    def _read(self, kind: str, data: bytes, is_cut: bool = False) -> Iterator[Event]:
-        """The events of an SSE event, or of what stands in its place.
-
-        is_cut: it is the last one of a body that was cut.
-        """
-        if kind is _DONE:
-            self.done = True
-            return
-        text = data.decode("utf-8", "replace")
-        if kind is _ASIDE:
-            self._note(text)
-            return
-        values = _parse_values(text)
-        self._shortcut.forget()
-        if values is not None:
-            is_usual = kind is _DATA and len(values) == 1 and not self._raw
-            source = b"data: " + data if is_usual else b""
-            yield from self._read_values(kind, text, values, is_cut, source)
+    def _read_line(self, line: bytes) -> Iterator[Event]:
+        """A line of an event (WHATWG SSE, 9.2.6), or JSON that stands there alone."""
+        at = 0
+        while line.startswith(b"data:", at):
+            at += 6 if line.startswith(b" ", at + 5) else 5
+        text = line[at:].decode("utf-8", "replace")
+        name, _, value = text.partition(":")
+        if not at and name in ("", "id", "retry"):
+            if self._name == "error" and not name:
+                self._comments.append(value.strip()[:_MAX_SENTENCE])
+        elif not at and name == "event":
+            yield from self._read_pending()
+            self._name = value.strip().lower()
+            self._name = "" if self._name == "message" else self._name
+            self._match = _match_nothing
+        elif name.strip().lower() == "error":  # a field of llama.cpp's and gpustack's
+            yield from self._read_pending()
+            if value.strip() not in ("", "null", '""', "{}", "[]"):
+                self._name = "error"
+                self._pending.append(value)
+                if _parse_run(value) is not None or not _match_bare(value):
+                    yield from self._end_event()
+        elif at or self._pending or self._name == "error" or _match_bare(text):
+            yield from self._read_data(text, line)
         else:
-            yield from self._read_lines(kind, text, is_cut)
-        if kind is _ERROR:
-            yield from self._give(self._take_halves())
-            last = values[-1] if values else None
-            raise _server_error(text.strip(), self._hide, last)
+            self._note(text)
 
-    def _read_lines(self, kind: str, text: str, is_cut: bool) -> Iterator[Event]:
-        """Text that is not JSON as a whole: some of its lines may be, or parts of them."""
-        lines = text.split("\n")
-        if kind not in (_NAMED, _ERROR):
-            lines = [part for line in lines for part in _split_glued(line)]
-        for position, line in enumerate(lines, 1):
-            if line.strip().encode() in _DONE_TEXTS:
+    def _read_data(self, text: str, line: bytes) -> Iterator[Event]:
+        """JSON is read at once: GLM and Kimi leave blank lines out. What is not whole
+        is joined with what follows, up to a blank line, a field, a whole chunk or
+        [DONE]."""
+        self._match = _match_nothing
+        values = _parse_run(text)
+        if self._pending or self._name == "error":
+            is_end = _DONE in (values or ())
+            if self._name == "error" and is_end:
+                yield from self._end_event()
+            may_be_cut = self._name != "error" and self._pending[0].lstrip()[:1] == "{"
+            if not (is_end or may_be_cut and _has_chunk(values)):
+                self._pending.append(text)
+                return
+            yield from self._read_pending()
+        if values is None and text.lstrip()[:1] in ("{", "["):
+            self._pending.append(text)
+        else:
+            yield from self._read_text(text, values, line)
+
+    def _end_event(self) -> Iterator[Event]:
+        if self._name == "error":
+            # NVIDIA Dynamo tells what is wrong in a comment, or not at all.
+            text = "\n".join(self._pending or self._comments).strip() or "error"
+            values = _open_lists(_parse_run(text))
+            for value in values:
+                if isinstance(value, dict):
+                    yield from self._read_chunk(value, is_error=True)
+            yield from self._fail(text, values[-1] if values else None)
+        yield from self._read_pending()
+        self._name = ""
+
+    def _read_pending(self) -> Iterator[Event]:
+        text = "\n".join(self._pending)
+        self._pending = []
+        values = _parse_run(text)
+        if values is None and _match_error(text) and self.cut is None:
+            yield from self._fail(text)
+        yield from self._read_text(text, values)
+
+    def _read_text(
+        self, text: str, values: Optional[list[Any]], line: bytes = b""
+    ) -> Iterator[Event]:
+        """values: the JSON in a text; None: it is in its lines, or behind a `data:`
+        inside one (GLM). line: of which the shortcut may learn."""
+        if values is None:
+            parts = text.split("\n")
+            if len(parts) == 1:
+                parts = re.split(r"data:(?=\s*[{\[])", text)
+            if "\n" in text or any(_has_chunk(_parse_run(part)) for part in parts):
+                for part in parts:
+                    if not self.done:
+                        yield from self._read_text(part, _parse_run(part))
+            else:
+                self._skip(text)
+        for value in _open_lists(values or []):
+            if value is _DONE or value == "[DONE]":
                 self.done = True
                 return
-            values = _parse_values(line)
-            is_last = is_cut and position == len(lines)
-            if values is not None:
-                yield from self._read_values(kind, line, values, is_last)
-            else:
-                yield from self._read_unreadable(kind, line, is_last)
-
-    def _read_values(
-        self,
-        kind: str,
-        text: str,
-        values: list[Any],
-        is_cut: bool,
-        source: bytes = b"",
-    ) -> Iterator[Event]:
-        """source: the line of a usual event, of which the shortcut may learn."""
-        chunks = _objects_in(values)
-        # For Chunk a second reading, so that nothing in it is a part of an event.
-        twins = _objects_in(_parse_values(text) or []) if self._raw else chunks
-        for chunk, twin in zip(chunks, twins):
-            if not isinstance(chunk, dict):
-                yield from self._read_unreadable(kind, _dump(chunk), is_cut)
+            if not isinstance(value, dict):
+                self._skip(_dump(value))
                 continue
-            part = _find_error(chunk, is_named=kind is _NAMED)
-            events = self._read_chunk(kind, chunk, part is not None)
-            if source:
-                self._shortcut.learn(source, chunk, events, self._maker_of)
+            error = _find_error(value, bool(self._name))
+            events = self._read_chunk(value, error is not None)
+            if line and len(events) == 1 and not (self._raw or self._name):
+                # Unless they are never taken, make a shortcut of it.
+                self._wasted *= self.said <= self._learned_at + 1
+                if self._wasted < _PATIENCE:
+                    choice = self._choices[events[0].choice]
+                    self._match = _make_matcher(line, value, events[0], choice)
+                    self._wasted += self._match is not _match_nothing
+                self._learned_at = self.said
             if self._raw:
-                yield from self._give([Chunk(twin)])
-            yield from self._give(events)
-            if part is not None:
-                yield from self._give(self._take_halves())
-                raise _server_error(text, self._hide, chunk, part)
+                yield Chunk(_copied(value))
+            yield from events
+            if error is not None:
+                yield from self._fail(text, value, error)
 
-    def _read_unreadable(self, kind: str, text: str, is_cut: bool) -> Iterator[Event]:
-        """Text that is not JSON: an error, padding, or skipped and said."""
+    def _skip(self, text: str) -> None:
         text = text.strip()
-        if text[:6].lower() == "error:":  # Crane
-            yield from self._give(self._take_halves())
-            raise _server_error(text[6:].strip(), self._hide)
-        if not text or is_cut or kind in (_NAMED, _ERROR) or text[0] == ":":
+        # Named events hold anything; gateways wrap comments again; a cut leaves a rest.
+        if not text or self._name or text.startswith(":") or self.cut is not None:
             return
         self._note(text)
-        if kind is _DATA or self._is_bare:
-            self._skipped += 1
-            self._skipped_text = self._skipped_text or self._quote(text)
-            if self._strict:
-                shown = f"expected a JSON object after data:, got {self._quote(text)!r}"
-                raise MalformedChunkError(shown, data=text)
+        self._completed.skipped += 1
+        shown = _one_line(self.hide(text), _MAX_QUOTE)
+        self._skipped = self._skipped or shown
+        if self._strict:
+            shown = f"expected a JSON object, got {shown!r}"
+            raise MalformedChunkError(shown, data=text)
 
     def _note(self, text: str) -> None:
-        """What may turn out to be the whole answer."""
-        if self._has_chunks:
-            return
-        self._other_size += len(text) + 1
-        _check_size(self._other_size)
-        if len(self._other_text) < _MAX_QUOTE:
-            self._other_text = self._quote(f"{self._other_text} {text}")
+        """It may be the whole answer, or a server's last words."""
+        self._match = _match_nothing
+        if len(self._unread) < _MAX_QUOTE:
+            self._unread = f"{self._unread} {self.hide(text)}"[: 4 * _MAX_QUOTE]
 
-    def _quote(self, text: str) -> str:
-        return _one_line(self._hide(text), _MAX_QUOTE)
+    # Chunks -> events
 
-    # Chunks
-
-    def _read_chunk(
-        self, kind: str, chunk: dict[str, Any], is_error: bool
-    ) -> list[_Delta]:
-        """-> its events; the rest of what it says is known from now on."""
-        is_chunk = "choices" in chunk or "usage" in chunk
-        if "choices" in chunk or is_error:  # Anthropic's streams have usage, too
+    def _read_chunk(self, chunk: dict[str, Any], is_error: bool) -> list[_Delta]:
+        if "choices" in chunk or is_error:
             self._has_chunks = True
-            self._is_bare = kind is _BARE
-        elif not self._has_chunks:
+            self._unread = ""
+        elif not self._has_chunks:  # Anthropic's streams have usage, too
             self._note(_dump(chunk))
-        if is_chunk or kind is not _NAMED:
-            self._response_id = self._response_id or _word(chunk.get("id"))
-            self._model = self._model or _word(chunk.get("model"))
+        done = self._completed
+        if chunk.keys() & {"choices", "usage"} or not self._name:
+            done.response_id = done.response_id or _word(chunk.get("id"))
+            done.model = done.model or _word(chunk.get("model"))
         events: list[_Delta] = []
-        for position, data in enumerate(_choices_in(chunk)):
-            if isinstance(data, dict):
-                self.said += 1
-                events += self._choice_for(data.get("index"), position).read(data)
-                self._read_usage(data.get("usage"))  # Moonshot
-        self._read_usage(_first_dict(chunk.get("x_groq")).get("usage"))
-        self._read_usage(chunk.get("usage"))
+        choices = _choices_of(chunk)
+        for position, data in enumerate(choices):
+            index = data.get("index")
+            if self._asked == 1:  # Foundry Local counts tokens in it; Copilot uses two
+                index = 0
+            elif type(index) is not int:  # Cloudflare sends none
+                index = position
+            if len(self._choices) >= _MAX_CHOICES and index not in self._choices:
+                raise StreamError(f"expected at most {_MAX_CHOICES} choices, got more")
+            events += self._choices.setdefault(index, _Choice(index)).read(data)
+        holders = [*choices, _first_dict(chunk.get("x_groq")), chunk]  # Moonshot, Groq
+        usages = [data["usage"] for data in holders if data.get("usage")]
+        for usage in [_make_usage(data) for data in usages if isinstance(data, dict)]:
+            # The last stands; many send zeros or null before or after.
+            if done.usage is None or any(list(vars(usage).values())[:5]):
+                done.usage = usage
+        self.said += bool(choices or usages)
         return events
 
-    def _choice_for(self, index: Any, position: int) -> _Choice:
-        if type(index) is not int:  # Cloudflare sends none
-            index = position
-        if self._one_choice:  # Foundry Local counts tokens in it; Copilot uses two
-            index = 0
-        choice = self._choices.get(index)
-        if choice is None:
-            if len(self._choices) >= _MAX_CHOICES:
-                raise StreamError(f"expected at most {_MAX_CHOICES} choices, got more")
-            choice = self._choices[index] = _Choice(index)
-        return choice
+    def _fail(self, text: str, raw: Any = None, part: Any = None) -> Iterator[Event]:
+        """text: as sent; raw: its JSON; part: what of it is the error."""
+        yield from self._halves()
+        facts = _error_facts(part or raw or text, self.hide)
+        said = facts["message"] or _one_line(self.hide(text), _MAX_SENTENCE)
+        facts.update(message=said, raw=text if raw is None else raw)
+        if facts["code"] is not None:
+            said += f" (code {_one_line(self.hide(str(facts['code'])), 40)})"
+        what = "the server reported an error inside its answer"
+        raise ServerError(f"{what}: {said}", **facts)
 
-    def _read_usage(self, data: Any) -> None:
-        """The last that counts anything stands: many send zeros or null before or after."""
-        if data and isinstance(data, dict):
-            self.said += 1
-            usage = _make_usage(data)
-            counts = {**vars(usage), "extra": None}
-            if self._usage is None or any(counts.values()):
-                self._usage = usage
-
-    def _maker_of(self, event: _Delta) -> _Maker:
-        return self._choices[event.choice].maker_of(event)
-
-    def _take_halves(self) -> list[_Delta]:
+    def _halves(self) -> list[_Delta]:
         return [e for choice in self._choices.values() for e in choice.take_halves()]
 
+    # The end
 
-def _choices_in(chunk: dict[str, Any]) -> list[Any]:
-    choices = chunk.get("choices")
-    if isinstance(choices, dict):
-        return [choices]
-    return choices if isinstance(choices, list) else []
+    def end(self, cut: Optional[ChatStreamError]) -> Iterator[Event]:
+        self.cut = cut
+        if not self.done:
+            yield from self.feed(b"\n\n")  # which ends a line, and an event
+        for event in self._halves():
+            self.started = True
+            yield event
+        done = self._completed
+        if self._skipped:
+            text = "skipped data that is no JSON object, %d time(s), first: %s"
+            _log.warning(text, done.skipped, self._skipped)
+        reasons = {c.index: c.reason for c in self._choices.values() if c.reason}
+        yield from self._check_end(reasons)
+        done.finish_reason, done.finish_reasons = reasons.get(0), reasons
+        yield done
 
-
-def _objects_in(values: list[Any]) -> list[Any]:
-    """The objects of a text, also those in a list (Azure, Vertex); null is padding."""
-    found = []
-    for value in values:
-        inside = value if isinstance(value, list) and value else [value]
-        found += [item for item in inside if item is not None]
-    return found
-
-
-#: Members of `usage` that Usage has under its own names.
-_USAGE_MEMBERS = {
-    *("prompt_tokens", "completion_tokens", "total_tokens"),
-    *("input_tokens", "output_tokens"),
-    *("prompt_tokens_details", "completion_tokens_details"),
-    *("prompt_cache_hit_tokens", "cached_tokens", "reasoning_tokens"),
-}
+    def _check_end(self, reasons: dict[int, str]) -> Iterator[Event]:
+        choices, cut = self._choices.values(), self.cut
+        text = _one_line(self._unread, _MAX_QUOTE)
+        if cut is None and not self._has_chunks and text:
+            names = ("content-type", "content-encoding")
+            kinds = [self._completed.headers.get(name) for name in names]
+            shown = ", ".join(filter(None, kinds)) or "no content type"
+            what = "the answer is no chat completion: expected chunks with choices"
+            raise StreamError(f"{what}, got {text!r} ({shown})")
+        finished = [c.is_finished(self.done, cut is not None) for c in choices]
+        # Of a choice that was asked for nothing may have come.
+        least = max(self._asked, 1) if cut else 1
+        is_finished = all(finished) and len(finished) >= least
+        if cut is None and is_finished:
+            if all(choice.is_empty for choice in choices):
+                _log.warning("the answer is empty (finish_reasons %s)", reasons)
+            return
+        if cut is None and text[:1] not in ("", "{", "["):
+            yield from self._fail(text)  # a server's last words
+        failure = next(filter(_is_failure, reasons.values()), "")
+        why = f"with finish_reason {failure}" if failure else "without a finish_reason"
+        why += ": the answer may be cut" + (f", behind {text!r}" if text else "")
+        fault = cut or TruncatedStreamError(f"the stream ended {why}")
+        if self._strict or (cut is not None and not is_finished):
+            raise fault
+        _log.warning("%s", self.hide(str(fault)))
 
 
 def _make_usage(data: dict[str, Any]) -> Usage:
-    details = [data.get(name + "_tokens_details") for name in ("prompt", "input")]
-    prompt = _first_dict(details)
-    details = [data.get(name + "_tokens_details") for name in ("completion", "output")]
-    completion = _first_dict(details)
-    return Usage(
-        _count(data, "prompt_tokens") or _count(data, "input_tokens"),  # mlx-vlm
-        _count(data, "completion_tokens") or _count(data, "output_tokens"),
-        _count(data, "total_tokens"),
-        _count(prompt, "cached_tokens")
-        or _count(data, "prompt_cache_hit_tokens")  # DeepSeek
-        or _count(data, "cached_tokens"),  # Moonshot
-        _count(completion, "reasoning_tokens") or _count(data, "reasoning_tokens"),
-        {
-            name: value
-            for name, value in data.items()
-            if name not in _USAGE_MEMBERS and value is not None
-        },
+    """The first count that is not 0: OpenAI's, mlx-vlm's, DeepSeek's, Moonshot's."""
+    names = ("prompt_tokens_details", "completion_tokens_details")
+    prompt, completion = [_first_dict(data.get(name)) for name in names]
+    get, ours = data.get, [name for name in vars(Usage()) if name != "extra"]
+    counts = (
+        (get("prompt_tokens"), get("input_tokens")),
+        (get("completion_tokens"), get("output_tokens")),
+        (get("total_tokens"),),
+        (prompt.get(ours[3]), get("prompt_cache_hit_tokens"), get(ours[3])),
+        (completion.get(ours[4]), get(ours[4])),
     )
+    found = [next((n for n in c if type(n) is int and n), 0) for c in counts]
+    known = {*ours, *names, "input_tokens", "output_tokens", "prompt_cache_hit_tokens"}
+    more = {name: v for name, v in data.items() if name not in known and v is not None}
+    return Usage(**dict(zip(ours, found)), extra=more)
 
 
-def _count(data: dict[str, Any], name: str) -> int:
-    value = data.get(name)
-    if isinstance(value, float) and math.isfinite(value):
-        return int(value)
-    return value if type(value) is int else 0
-
-
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 # The answer: choices, their texts, their tool calls
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
+
+#: The first of them is the reasoning; it is never added up.
+_REASONING = ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details")
 
 
-class _Text:
-    """A text that comes in pieces, as valid Unicode.
-
-    Servers in JavaScript cut between the halves of a surrogate pair, in two escapes. The
-    first half waits here for the second; one without the other becomes U+FFFD.
-    """
-
-    def __init__(self) -> None:
-        self._half = ""
-
-    def join(self, piece: str) -> str:
-        if self._half:
-            piece, self._half = self._half + piece, ""
-        if piece.isascii() or not _has_surrogate(piece):
-            return piece
-        if "\ud800" <= piece[-1] <= "\udbff":
-            self._half, piece = piece[-1], piece[:-1]
-        return _replace_surrogates(piece)
-
-    def take_half(self) -> str:
-        """-> what stands for a half whose other one never came; "" if there is none."""
-        half, self._half = self._half, ""
-        return "\ufffd" if half else ""
+def _is_failure(reason: str) -> bool:
+    """Whether a finish_reason tells of one: abort (vLLM, SGLang), timeout
+    (TensorRT-LLM), error (LMDeploy), overloaded_error (Portkey)."""
+    return bool(re.search("error|abort|cancel|timeout|fail", reason, re.IGNORECASE))
 
 
-#: The kinds of things that a message may have, by the member's name.
-_CONTENT, _REASONING, _REFUSAL, _CALLS = "content", "reasoning", "refusal", "tool_calls"
-
-#: The events of those that are texts.
-_TEXT_EVENTS: dict[str, Callable[[str, int], _Delta]] = {
-    _CONTENT: TextDelta,
-    _REASONING: ReasoningDelta,
-    _REFUSAL: RefusalDelta,
-}
-
-#: And the kinds of all events.
-_KIND_OF: dict[Any, str] = {
-    TextDelta: _CONTENT,
-    ReasoningDelta: _REASONING,
-    RefusalDelta: _REFUSAL,
-    ToolCallDelta: _CALLS,
-}
-
-#: Where reasoning is, in the order in which it is believed; it is never added up.
-_REASONING_MEMBERS = (
-    "reasoning_content",
-    "reasoning",
-    "reasoning_text",
-    "reasoning_summary",  # ChatMock
-    "thinking",  # clawrelay
-    "thinking_content",
-    "reasoning_details",
-)
+def _read_texts(source: dict[str, Any]) -> Iterator[tuple[Any, str, Any]]:
+    """-> class of the event, text, members that are reasoning."""
+    names = [name for name in source if name.startswith(("reasoning", "thinking"))]
+    members = {name: source[name] for name in names if source[name]}
+    members = {n: v for n, v in members.items() if isinstance(v, (str, list, dict))}
+    if members:
+        texts = (_find_text(members.get(name)) for name in _REASONING)
+        yield ReasoningDelta, next(filter(None, texts), ""), members
+    content = source.get("content")
+    for part in content if isinstance(content, list) else (content,):
+        # Of parts, text is text and all else is reasoning (Mistral, Databricks).
+        kind = part.get("type") if isinstance(part, dict) else None
+        is_text = kind in (None, "text", "output_text")
+        yield (TextDelta if is_text else ReasoningDelta), _find_text(part), None
+    refusal = source.get("refusal")
+    yield RefusalDelta, refusal if isinstance(refusal, str) else "", None
 
 
-def _kind_of_member(name: str) -> str:
-    """The kind of thing that a member of a message is; "" if it is none of ours."""
-    if name.startswith(("reasoning", "thinking")):
-        return _REASONING
-    return name if name in (_CONTENT, _REFUSAL, _CALLS) else ""
-
-
-class _Told:
-    """What messages have said of a choice, where no delta has.
-
-    Gateways without deltas send in each chunk a message with the text so far.
-    index: the server's, of the choice that they belong to.
-    """
-
-    def __init__(self, index: Any = 0) -> None:
-        self.index = index
-        self._texts: dict[str, tuple[str, str]] = {}  # kind -> member, its text so far
-
-    @property
-    def kinds(self) -> frozenset[str]:
-        return frozenset(self._texts)
-
-    def kinds_again(self, delta: dict[str, Any], message: Any) -> frozenset[str]:
-        """The kinds of which the delta says only what the message beside it says."""
-        if not self._texts or not isinstance(message, dict):
-            return frozenset()
-        again = set()
-        for kind, (name, _) in self._texts.items():
-            more = self._more_of(kind, message)
-            if more or (more == "" and delta.get(name) == message[name]):
-                again.add(kind)
-        return frozenset(again)
-
-    def take_rest(self, message: dict[str, Any]) -> dict[str, Any]:
-        """-> the message without what is told already."""
-        rest = {
-            name: value
-            for name, value in message.items()
-            if _kind_of_member(name) not in self._texts
-        }
-        for kind, (name, _) in self._texts.items():
-            more = self._more_of(kind, message)
-            if more:
-                rest[name] = more
-                self._texts[kind] = name, message[name]
-        return rest
-
-    def _more_of(self, kind: str, message: dict[str, Any]) -> Optional[str]:
-        """What its text goes on with; None if it does not begin with the text so far."""
-        name, text = self._texts[kind]
-        now = message.get(name)
-        if not isinstance(now, str):
-            return None
-        # By halves of surrogate pairs, between which a text may have been cut; or it was
-        # cut inside of UTF-8, and then a U+FFFD stands at its end.
-        units, start = _to_utf16(now), _to_utf16(text)
-        if not units.startswith(start):
-            start = _to_utf16(text.rstrip("\ufffd"))
-        if not units.startswith(start):
-            return None
-        return units[len(start) :].decode("utf-16-le", "surrogatepass")
-
-    def add(self, message: dict[str, Any], known: frozenset[str]) -> None:
-        """Note its texts, but for those of known kinds."""
-        for name in (_CONTENT, _REFUSAL, *_REASONING_MEMBERS):
-            kind, text = _kind_of_member(name), message.get(name)
-            if text and isinstance(text, str) and kind not in known:
-                self._texts.setdefault(kind, (name, text))
-
-    def forget(self, kind: str) -> None:
-        """A delta has said something of this kind: no message counts any more."""
-        self._texts.pop(kind, None)
-
-
-class _Choice:
-    """One choice of an answer: reads its members in chunks, and gives events."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.finish_reason = ""
-        self._grew_since_first = False  # something came after the first finish_reason
-        self._grew_since_last = False  # something came after the last finish_reason
-        self._streamed: set[str] = set()  # kinds of which something came
-        self._told = _Told()
-        self._texts: dict[str, _Text] = {}  # by kind
-        self._calls = _Calls(index)
-
-    def is_finished(self, done: bool) -> bool:
-        """done: [DONE] has come, and then a reason is enough."""
-        return bool(self.finish_reason) and (done or not self._grew_since_last)
-
-    def read(self, data: dict[str, Any]) -> list[_Delta]:
-        events: list[_Delta] = []
-        delta, message = data.get("delta"), data.get("message")
-        if delta is None and message is None:
-            delta = data.get("text")  # as completions without chat have it
-        if isinstance(delta, str):
-            delta = {"content": delta}
-        if isinstance(delta, dict):
-            again = self._told.kinds_again(delta, message)
-            events += self._read_members(delta, again)
-            for event in events:
-                self._told.forget(_KIND_OF[type(event)])
-        if isinstance(message, dict):
-            # The whole text once more (Perplexity, MiniMax), or what no delta has said.
-            index = data.get("index") or 0
-            if index != self._told.index:  # one of several choices that count as one
-                self._told = _Told(index)
-            known = frozenset(self._streamed - self._told.kinds)
-            events += self._read_members(self._told.take_rest(message), known)
-            self._told.add(message, known)
-        self._read_finish_reason(_word(data.get("finish_reason")))
-        return events
-
-    def _grow(self, kind: str) -> None:
-        """Something of this kind has come."""
-        self._streamed.add(kind)
-        self._grew_since_first = bool(self.finish_reason)
-        self._grew_since_last = True
-
-    def _read_finish_reason(self, reason: str) -> None:
-        """The first one stands; but `stop`, which some servers write into every chunk,
-        gives way to another one that comes with or after more."""
-        if reason:
-            first = self.finish_reason
-            if not first or (first == "stop" and self._grew_since_first):
-                self.finish_reason = reason[:_MAX_REASON]
-            self._grew_since_last = False
-
-    def maker_of(self, event: _Delta) -> _Maker:
-        """-> what makes such an event of another text. Raises LookupError if none can."""
-        if isinstance(event, ToolCallDelta):
-            return self._calls.at(event.index).add
-        index = self.index
-        if isinstance(event, ReasoningDelta):
-            key = next(iter(event.extra or ()))
-            return lambda text: ReasoningDelta(text, index, {key: text})
-        if isinstance(event, TextDelta):
-            return (lambda text: TextDelta(text, index)) if index else TextDelta
-        raise LookupError
-
-    def take_halves(self) -> list[_Delta]:
-        """First halves of surrogate pairs whose second never came."""
-        halves = [(kind, text.take_half()) for kind, text in self._texts.items()]
-        events = [_TEXT_EVENTS[kind](half, self.index) for kind, half in halves if half]
-        return events + self._calls.take_halves()
-
-    def _read_members(
-        self, source: dict[str, Any], known: frozenset[str]
-    ) -> Iterator[_Delta]:
-        """Those of a delta or message, but for the kinds that are known already."""
-        if _REASONING not in known:
-            yield from self._read_reasoning(source)
-        content = source.get("content")
-        for part in content if isinstance(content, list) else (content,):
-            kind, text = _read_part(part)
-            if kind not in known:
-                yield from self._read_text(kind, text)
-        refusal = source.get("refusal")
-        if isinstance(refusal, str) and _REFUSAL not in known:
-            yield from self._read_text(_REFUSAL, refusal)
-        if _CALLS not in known:
-            calls = self._calls.read(source)
-            if calls:
-                self._grow(_CALLS)
-            yield from calls
-
-    def _read_text(self, kind: str, piece: str) -> Iterator[_Delta]:
-        if piece:
-            self._grow(kind)
-            text = self._join(kind, piece)
-            if text:
-                yield _TEXT_EVENTS[kind](text, self.index)
-
-    def _read_reasoning(self, source: dict[str, Any]) -> Iterator[_Delta]:
-        """Servers name it in many ways, and some send the same text under two names."""
-        extra = {
-            name: value
-            for name, value in source.items()
-            if _kind_of_member(name) == _REASONING
-            and value
-            and isinstance(value, (str, list, dict))
-        }
-        number = source.get("reasoning_content")  # others may be a count or a flag
-        if type(number) in (int, float):
-            extra["reasoning_content"] = _find_texts(number)
-        if extra:
-            self._grow(_REASONING)
-            found = (_find_texts(extra.get(name)) for name in _REASONING_MEMBERS)
-            text = self._join(_REASONING, next((t for t in found if t), ""))
-            yield ReasoningDelta(text, self.index, extra)
-
-    def _join(self, kind: str, piece: str) -> str:
-        if piece.isascii() and kind not in self._texts:
-            return piece  # spares the object
-        if kind not in self._texts:
-            self._texts[kind] = _Text()
-        return self._texts[kind].join(piece)
-
-
-def _read_part(part: Any) -> tuple[str, str]:
-    """Content, or a part of it -> its kind and text.
-
-    Text is text, a refusal a refusal; all else is reasoning (Mistral, Databricks).
-    """
-    kind = "text"
-    if isinstance(part, dict):
-        kind = part.get("type") or "text"
-        if kind == "refusal" and isinstance(part.get("refusal"), str):
-            return _REFUSAL, part["refusal"]
-    is_text = kind in ("text", "output_text")
-    return (_CONTENT if is_text else _REASONING), _find_texts(part)
-
-
-def _find_texts(value: Any, depth: int = 0) -> str:
-    """The text in a str, in a part ({"text": ...}), or in a list of them.
-
-    Cloudflare's Workers AI makes JSON of tokens: a number, true or false is text, too.
-    """
+def _find_text(value: Any, depth: int = 0) -> str:
+    """The text in a str, in a part, or in a list of them; also a number, into which
+    Cloudflare's Workers AI turns tokens."""
     if isinstance(value, str):
         return value
     if isinstance(value, (int, float)):
-        return _dump(value)
+        return json.dumps(value)
     if isinstance(value, list) and depth < 8:
-        return "".join(_find_texts(item, depth + 1) for item in value)
+        return "".join(_find_text(item, depth + 1) for item in value)
     if isinstance(value, dict) and depth < 8:
-        for name in ("text", "content", "thinking", "reasoning", "summary"):
-            if value.get(name):
-                return _find_texts(value[name], depth + 1)
+        names = ("text", "content", "thinking", "reasoning", "summary")
+        name = next((name for name in names if value.get(name)), "")
+        return _find_text(value.get(name, ""), depth + 1)
     return ""
 
 
-class _Call:
-    """A tool call being assembled: its place in the message, and what is known of it."""
+class _Choice:
+    """reason: the finish_reason, or "". is_empty: nothing of it has come."""
 
-    def __init__(self, position: int, choice: int) -> None:
-        self.id = ""
-        self.name = ""
-        self.has_arguments = False
-        self._is_blank = False  # they are {}, in whose place others may come
-        self._position = position
-        self._choice = choice
-        self._type = "function"
-        self._text = _Text()
-        self._pieces: list[str] = []  # of the arguments, not looked at yet
-        self._brackets = _Brackets()
-
-    def read(self, part: _CallPart) -> Optional[ToolCallDelta]:
-        """-> the event of a delta; None if the delta says nothing new."""
-        is_named = bool(part.id and not self.id or part.name and not self.name)
-        self.id = self.id or part.id
-        self.name = self.name or part.name
-        if part.is_custom:
-            self._type = "custom"
-        is_more = self._is_blank and part.arguments != "{}"
-        is_again = part.is_object and self.has_arguments and not is_more
-        is_nothing = part.is_number and not self.has_arguments
-        no_arguments = is_again or is_nothing
-        arguments = "" if no_arguments else self._text.join(part.arguments)
-        if arguments:
-            self._add(arguments)
-        if not (is_named or arguments or part.extra):
-            return None
-        return self._make(arguments, part.extra or None)
-
-    def take_half(self) -> Optional[ToolCallDelta]:
-        half = self._text.take_half()
-        return self._make(half) if half else None
-
-    def add(self, arguments: str) -> ToolCallDelta:
-        """The same as read() of a delta that has nothing but these arguments."""
-        self._add(arguments)
-        return self._make(arguments)
-
-    def _add(self, arguments: str) -> None:
-        self._is_blank = arguments == "{}" and not self.has_arguments
-        self.has_arguments = True
-        self._pieces.append(arguments)
-        if len(self._pieces) > 256:  # flat in memory, and cheap: joined before the look
-            self._look()
-
-    def _look(self) -> None:
-        self._brackets.feed("".join(self._pieces))
-        self._pieces.clear()
-
-    @property
-    def is_whole(self) -> bool:
-        """Its arguments are a whole JSON object already."""
-        self._look()
-        return self._brackets.are_closed
-
-    def _make(
-        self, arguments: str, extra: Optional[dict[str, Any]] = None
-    ) -> ToolCallDelta:
-        return ToolCallDelta(
-            self._position,
-            self.id,
-            self.name,
-            arguments,
-            extra,
-            self._choice,
-            self._type,
-        )
-
-
-class _CallPart:
-    """What a delta says of a tool call."""
-
-    def __init__(self, data: dict[str, Any]) -> None:
-        function, custom = data.get("function"), data.get("custom")
-        self.is_custom = bool(custom) and isinstance(custom, dict) and not function
-        is_flat = function is None and custom is None
-        inner = _first_dict(custom if self.is_custom else function)
-        source = data if is_flat else inner
-        index = data.get("index")
-        self.index: Optional[int] = index if type(index) is int else None
-        self.id = _word(data.get("id"))
-        self.name = _word(source.get("name"))
-        has_input = self.is_custom or (is_flat and "arguments" not in data)
-        arguments = source.get("input" if has_input else "arguments")
-        # A token, or, before there are any arguments, nothing.
-        self.is_number = isinstance(arguments, (int, float))
-        self.is_object = isinstance(arguments, (dict, list))  # Writer, early llama.cpp
-        self.arguments = _dump(arguments) if self.is_object else _find_texts(arguments)
-        known = ["index", "id", "type", "function", "custom" if self.is_custom else ""]
-        if is_flat:  # without the object around them (gateways)
-            known += ["name", "arguments", "input"]
-        self.extra = {
-            name: value
-            for name, value in data.items()
-            if name not in known and value not in (None, "", [], {})
-        }
-
-
-class _Calls:
-    """The tool calls of one choice, and which of them a delta belongs to.
-
-    OpenAI numbers them. Others send no index, or all whole ones with index 0 (Ollama,
-    Cerebras, Gemini), or each fragment under an index of its own (Nebius, ollama.com).
-    """
-
-    def __init__(self, choice: int) -> None:
-        self._choice = choice
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.reason = ""
+        self.is_empty = True
+        self._has_more = False  # something came after the last reason
+        self._went_on = False  # something has ever come after a reason
+        self._streamed: set[Any] = set()  # classes of the events that deltas gave
+        # By class of event: what messages said, where no delta did.
+        self._told: dict[Any, io.StringIO] = {}
+        # By class of event, or by call: the first halves of surrogate pairs.
+        self._halves: dict[Any, str] = {}
         self._calls: list[_Call] = []
-        self._by_index: dict[int, _Call] = {}  # the server's index -> the call
-        self._by_id: dict[str, _Call] = {}
-        self._is_modern = False  # it has had tool_calls
+        self._known: dict[Any, _Call] = {}  # by the server's index, and by id
+        self._has_tools = False
 
-    def at(self, position: int) -> _Call:
-        return self._calls[position]
+    def is_finished(self, done: bool, is_cut: bool) -> bool:
+        """After [DONE] a reason is enough. At a cut none is, if more was seen to follow
+        one: some servers write `stop` into every chunk."""
+        is_said = self.reason and not _is_failure(self.reason)
+        is_last = (done or not self._has_more) and not (is_cut and self._went_on)
+        return bool(is_said and is_last)
+
+    def read(self, data: dict[str, Any]) -> list[_Delta]:
+        delta, message = [_first_dict(data.get(n)) for n in ("delta", "message")]
+        texts = list(_read_texts(delta))
+        self._streamed |= {kind for kind, text, members in texts if text or members}
+        events: list[_Delta] = []
+        for kind, piece, members in itertools.chain(texts, self._take_rest(message)):
+            text = self._join(kind, piece)
+            if members:
+                events.append(ReasoningDelta(text, self.index, members))
+            elif text:
+                events.append(kind(text, self.index))
+        calls = self._read_calls(delta)
+        self._streamed.update(map(type, calls))
+        if ToolCallDelta not in self._streamed:
+            calls += self._read_calls(message)
+        events += calls
+        if events or self._halves:
+            self.is_empty = False
+            self._has_more = True
+            self._went_on = self._went_on or bool(self.reason)
+        reason = _word(data.get("finish_reason"))
+        if reason:  # the first one stands, but `stop` gives way to any other
+            self.reason = reason if self.reason in ("", "stop") else self.reason
+            self._has_more = False
+        return events
+
+    def _take_rest(self, message: dict[str, Any]) -> Iterator[tuple[Any, str, Any]]:
+        """What a message says that no delta has: it is a last summary, or the text so
+        far, or, if it does not begin with that, the next piece (NVIDIA NeMo Agent
+        Toolkit)."""
+        whole: dict[Any, str] = {}
+        members: dict[str, Any] = {}
+        for kind, text, more in _read_texts(message):
+            whole[kind] = whole.get(kind, "") + text
+            members.update(more or {})
+        for kind in [kind for kind in whole if kind not in self._streamed]:
+            text, told = whole[kind], self._told.setdefault(kind, io.StringIO())
+            # Compared only with what is as long: so pieces cost linear time.
+            start = told.getvalue() if len(text) >= told.tell() else "\ud800"
+            rest = text[told.tell() :] if text.startswith(start) else text
+            told.write(rest)
+            is_told = kind is not ReasoningDelta or (start and not rest)
+            renamed = {n: rest if v == text else v for n, v in members.items()}
+            yield kind, rest, None if is_told else renamed
+
+    def _join(self, key: Any, text: str) -> str:
+        """Valid Unicode: JavaScript servers cut between the halves of a surrogate
+        pair."""
+        if text.isascii() and not self._halves:  # nearly always
+            return text
+        text = self._halves.pop(key, "") + text
+        if "\ud800" <= text[-1:] <= "\udbff":
+            self._halves[key] = text[-1]
+            text = text[:-1]
+        return _valid_unicode(text)
 
     def take_halves(self) -> list[_Delta]:
-        return [event for event in (c.take_half() for c in self._calls) if event]
+        keys, self._halves = list(self._halves), {}
+        return [
+            key.make("\ufffd") if isinstance(key, _Call) else key("\ufffd", self.index)
+            for key in keys
+        ]
 
-    def read(self, source: dict[str, Any]) -> list[_Delta]:
-        """The events of a delta or message."""
-        calls = source.get("tool_calls")
-        legacy = source.get("function_call")
+    def _read_calls(self, source: dict[str, Any]) -> list[_Delta]:
+        calls, legacy = source.get("tool_calls"), source.get("function_call")
         if isinstance(calls, dict):  # TGI
             calls = [calls]
         if calls and isinstance(calls, list):
-            self._is_modern = True
-        elif isinstance(legacy, dict) and any(legacy.values()) and not self._is_modern:
-            # Before tools there was one function: call 0 (functionary, llama-cpp-python).
+            self._has_tools = True
+        elif isinstance(legacy, dict) and any(legacy.values()) and not self._has_tools:
+            # Before tools there was one function: call 0 (functionary,
+            # llama-cpp-python).
             calls = [{"index": 0, "function": legacy}]
         else:
             return []
         events: list[_Delta] = []
-        for data in calls:
-            if isinstance(data, dict):
-                part = _CallPart(data)
-                call = self._call_for(part)
-                event = call.read(part)
-                if call.id:
-                    self._by_id.setdefault(call.id, call)
-                if event is not None:
-                    events.append(event)
+        for part in [_Part(data) for data in calls if isinstance(data, dict)]:
+            call = self._find_call(part)
+            is_news = call.name_it(part)
+            if call.id:
+                self._known.setdefault(call.id, call)
+            is_again = part.is_object and call.has_arguments
+            text = "" if is_again else self._join(call, part.arguments)
+            if is_news or text or part.extra:
+                events.append(call.make(text, part.extra or None))
         return events
 
-    def _call_for(self, part: _CallPart) -> _Call:
-        """The call that a delta belongs to, or a new one."""
-        call = self._look_up(part)
-        if call is None or self._begins_another(call, part):
+    def _find_call(self, part: _Part) -> _Call:
+        """The call that a delta belongs to, or a new one.
+
+        index     id        name    belongs to
+        known     any       any     the call of the index
+        unknown   any       given   a new call
+        unknown   known     none    the call of the id
+        unknown   unknown   none    a new call
+        unknown   none      none    the last call
+        none      known     any     the call of the id
+        none      else      given   a new call
+        none      else      none    the last call
+
+        OpenAI numbers calls. Others send no index, or all whole ones with index 0
+        (Ollama, Cerebras, Gemini), or each fragment under an index of its own (Nebius,
+        ollama.com).
+        """
+        has_index = part.index is not None
+        call = self._known.get(part.index if has_index else part.id)
+        if call is None and self._calls and not part.name:
+            call = self._known.get(part.id)
+            if call is None and not (has_index and part.id):
+                call = self._calls[-1]
+        if call is None or call.is_followed_by(part):
             if len(self._calls) >= _MAX_CALLS:
                 raise StreamError(f"expected at most {_MAX_CALLS} tool calls, got more")
-            call = _Call(len(self._calls), self._choice)
+            call = _Call(len(self._calls), self.index)
             self._calls.append(call)
-            known = self._by_id.get(part.id)
-            if part.id and (known is None or known.is_whole):
-                self._by_id[part.id] = call  # which is the one that may go on
-        if part.index is not None:
-            if len(self._by_index) >= _MAX_CALLS and part.index not in self._by_index:
-                del self._by_index[next(iter(self._by_index))]  # the oldest
-            self._by_index[part.index] = call
+            if part.id:
+                self._known[part.id] = call
+        if has_index and len(self._known) < 2 * _MAX_CALLS:
+            self._known[part.index] = call
         return call
 
-    def _look_up(self, part: _CallPart) -> Optional[_Call]:
-        if part.index in self._by_index:
-            return self._by_index[part.index]
-        if not self._calls:
-            return None
-        if part.index is None and part.id in self._by_id:
-            return self._by_id[part.id]
-        if part.name:
-            return None
-        if part.index is not None and part.id:
-            return self._by_id.get(part.id)
-        return self._calls[-1]
+    def maker_of(self, event: _Delta) -> Callable[[str], Event]:
+        """For the shortcut: what makes such an event of another text."""
+        if isinstance(event, ToolCallDelta):
+            return self._calls[event.index].make
+        index = self.index
+        if isinstance(event, TextDelta):
+            return (lambda text: TextDelta(text, index)) if index else TextDelta
+        (name,) = getattr(event, "extra", None) or [""]
+        return lambda text: ReasoningDelta(text, index, {name: text})
 
-    def _begins_another(self, call: _Call, part: _CallPart) -> bool:
-        """Whether a delta that points to a call with a name is the first of another."""
-        if not (call.name and part.name):
+
+class _Part:
+    def __init__(self, data: dict[str, Any]) -> None:
+        function, custom = data.get("function"), data.get("custom")
+        self.is_custom = isinstance(custom, dict) and bool(custom) and not function
+        known = {"index", "id", "type", "function", "custom"}
+        inner = custom if self.is_custom else function
+        if inner is None:  # gateways leave out the object around these
+            inner, known = data, {*known, "name", "arguments", "input"}
+        inner = _first_dict(inner)
+        arguments = inner.get("arguments", inner.get("input"))
+        self.index = data["index"] if type(data.get("index")) is int else None
+        self.id, self.name = _word(data.get("id")), _word(inner.get("name"))
+        self.is_object = isinstance(arguments, (dict, list))  # Writer, early llama.cpp
+        text = _dump(arguments) if self.is_object else arguments
+        self.arguments: str = text if isinstance(text, str) else ""
+        more = {name: value for name, value in data.items() if name not in known}
+        self.extra = {n: v for n, v in more.items() if v not in (None, "", [], {})}
+
+
+class _Call:
+    def __init__(self, position: int, choice: int) -> None:
+        self.id = ""
+        self.name = ""
+        self.has_arguments = False
+        self._first_piece = ""  # of the arguments, as long as it is the only one
+        self._position = position
+        self._choice = choice
+        self._type = "function"
+
+    def is_followed_by(self, part: _Part) -> bool:
+        """A delta that points to this call is the first of another one."""
+        if not (self.name and part.name):
             return False
-        is_other_name = part.name != call.name
-        if part.id and call.id:  # one id for two calls: a gateway of OpenRouter's
-            return part.id != call.id or (is_other_name and call.is_whole)
-        if not call.has_arguments:
-            return False
-        return is_other_name or bool(part.arguments and call.is_whole)
+        if part.id and self.id and part.id != self.id:
+            return True
+        if part.name != self.name:
+            return self.has_arguments
+        is_whole = self._first_piece[:1] == "{" and _is_json(self._first_piece)
+        return is_whole and bool(part.arguments and not part.id)
+
+    def name_it(self, part: _Part) -> bool:
+        """-> whether that is news. The first that is not empty stands."""
+        is_news = bool(part.id and not self.id or part.name and not self.name)
+        self.id = self.id or part.id
+        self.name = self.name or part.name
+        self._type = "custom" if part.is_custom else self._type
+        return is_news
+
+    def make(self, arguments: str, extra: Optional[dict[str, Any]] = None) -> _Delta:
+        if arguments:
+            self._first_piece = "" if self.has_arguments else arguments
+            self.has_arguments = True
+        known = (self._position, self.id, self.name)
+        return ToolCallDelta(*known, arguments, extra, self._choice, self._type)
 
 
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 # The shortcut: chunks that differ in one string from the chunk before
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
 
+# Most chunks are the chunk before with another string in them. Once that is proven for
+# a line, those that follow need no parser: the same bytes around a string literal are
+# the same JSON but for that string. Data that is read in full ends the use of a
+# matcher, so that nothing has changed since. Without all this the answer is the same,
+# and an event costs five times as much.
 
-# Most chunks are the chunk before with another string in them. Once that is proven for a
-# chunk, those that follow need no JSON parser: data with the same bytes around a valid
-# string literal is the same JSON but for that string, and so gives the same event but for
-# its text. Any text that is read in full ends the use of the matcher, so that between
-# learning and matching nothing has changed; and none is learned from a chunk whose second
-# reading would differ from its first. Without all this the answer is the same, and costs
-# four times as much.
-
-if TYPE_CHECKING:
-    #: The line of an SSE event -> our event, if it is like the one learned from; or None.
-    _Matcher = Callable[[bytes], Optional[Event]]
-
-    #: A text -> the event with this text.
-    _Maker = Callable[[str], Event]
-
-#: After so many matchers in a row that never matched, no more are learned.
+#: After so many that never matched no more are made.
 _PATIENCE = 8
 
-#: Members that OpenAI and others fill with random letters, against eavesdroppers.
-_PADDING = ("obfuscation", "p")
+#: Bytes of a line from which one is made: from long ones a gzip bomb would make memory.
+_MAX_LEARNED = 16 * 1024
+
+#: A member that OpenAI and others fill with random letters, against eavesdroppers.
+_find_padding = re.compile(rb'"(obfuscation|p)": ?"(\w+)"').search
 
 
-def _match_nothing(source: bytes) -> Optional[Event]:
+def _match_nothing(line: bytes) -> Optional[Event]:
     return None
 
 
-class _Shortcut:
-    """The matcher in use, and whether it is worth while to learn another one."""
+def _make_matcher(
+    line: bytes, chunk: dict[str, Any], event: _Delta, choice: _Choice
+) -> Callable[[bytes], Optional[Event]]:
+    """-> a function: a line -> its event, if it is like this line, or None. The proof:
+    with the text twice in its place, the line parses to the same JSON with the text
+    twice."""
+    try:
+        holder, name = _find_hole(event, chunk)
+        text, said = holder[name], vars(event).get("text", vars(event).get("arguments"))
+        # Half of a surrogate pair may wait for the other one, in whatever member.
+        if text != said or len(line) > _MAX_LEARNED or b"\\ud" in line.lower():
+            return _match_nothing
+        literal = json.dumps(text, ensure_ascii=False)[1:-1].encode()
+        pattern = b'"%b": ?"(%b)"' % (name.encode(), re.escape(literal))
+        place: Any = re.search(pattern, line)
+        head, middle, tail = line[: place.start(1)], b"", line[place.end(1) :]
+        padding, key, letters = _find_padding(tail), "", ""
+        if padding:
+            key, letters = padding[1].decode(), padding[2].decode()
+            middle, tail = tail[: padding.start(2)], tail[padding.end(2) :]
+        twice = head + 2 * literal + middle + 2 * letters.encode() + tail
+        twin: Any = (_parse_run(twice.decode("utf-8", "replace")) or [None])[0]
+        holder, _ = _find_hole(event, twin)
+        is_proven = holder[name] == 2 * text and (not key or twin[key] == 2 * letters)
+        holder[name] = text
+        if not is_proven or {**twin, **({key: letters} if key else {})} != chunk:
+            return _match_nothing
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return _match_nothing
+    make, fixed = choice.maker_of(event), len(head) + len(tail)
 
-    def __init__(self) -> None:
-        self.match: _Matcher = _match_nothing
-        self._unused = 0  # matchers in a row that never matched
-
-    def forget(self) -> None:
-        self.match = _match_nothing
-
-    def keep_on(self) -> None:
-        """The matcher has matched."""
-        self._unused = 0
-
-    def learn(
-        self,
-        source: bytes,
-        chunk: dict[str, Any],
-        events: list[_Delta],
-        maker_of: Callable[[_Delta], _Maker],
-    ) -> None:
-        """source: one line, `data: ` and a chunk; events: what was made of it."""
-        if len(events) != 1 or self._unused >= _PATIENCE:
-            return
-        if b"\\ud" in source.lower():
-            return  # half of a surrogate pair may wait for the other
-        event = events[0]
-        try:
-            cut = _cut_around(event, source, chunk)
-            make = maker_of(event)
-        except (LookupError, TypeError, AttributeError):  # its text came from elsewhere
-            return
-        if cut is not None:
-            self.match = _make_matcher(*cut, make)
-            self._unused += 1
-
-
-def _is_plain(padding: bytes) -> bool:
-    """Letters, digits and _: no escape, so that it is a string literal as it is."""
-    return padding.isalnum() or padding.replace(b"_", b"").isalnum()
-
-
-def _make_matcher(head: bytes, middle: bytes, tail: bytes, make: _Maker) -> _Matcher:
-    """Match head + string + tail, or head + string + middle + padding + tail."""
-    fixed_size = len(head) + len(tail)
-
-    def match(source: bytes) -> Optional[Event]:
-        inner = source.removeprefix(head).removesuffix(tail)
-        if len(source) - len(inner) != fixed_size:
+    def match(line: bytes) -> Optional[Event]:
+        inner = line.removeprefix(head).removesuffix(tail)
+        if len(line) - len(inner) != fixed:
             return None
         if middle:
             inner, _, padding = inner.partition(middle)
-            if not _is_plain(padding):
+            if not padding.replace(b"_", b"").isalnum():
                 return None
         try:
             text = inner.decode()
-        except UnicodeDecodeError:
+            if '"' in text or "\\" in text:
+                quoted = f'"{text}"'
+                text, end = _parse_json_at(quoted)
+                if end < len(quoted) or text != _valid_unicode(text):
+                    return None
+        except ValueError:
             return None
-        if '"' in text or "\\" in text:
-            text = _read_literal(text)
         return make(text) if text else None
 
     return match
 
 
-def _read_literal(inner: str) -> str:
-    """-> what a JSON string says that has this between its quotes; "" if that is none, or
-    something else is wrong with it."""
-    literal = f'"{inner}"'
-    try:
-        text, end = _parse_json_at(literal)
-    except ValueError as error:
-        _pass_on(error)
-        return ""
-    return text if end == len(literal) and not _has_surrogate(text) else ""
-
-
-def _cut_around(
-    event: _Delta, source: bytes, chunk: dict[str, Any]
-) -> Optional[tuple[bytes, bytes, bytes]]:
-    """-> head, middle and tail of `source` around the string of its event, and around its
-    padding; None where that cannot be proven.
-
-    The proof: with other strings in the holes it parses to the same JSON but for those.
-    Raises LookupError and the like if the event's text stands in no known place.
-    """
-    holder, key = _place_of(event, chunk)
-    text = holder[key]
-    if not text or text != _text_of(event):
-        return None
-    literal = json.dumps(text, ensure_ascii=False)[1:].encode()
-    start = _find_literal(source, key)
-    if start < 0 or not source.startswith(literal, start):
-        return None
-    head, tail = source[:start], source[start + len(literal) - 1 :]
-    middle, padded = b"", ""
-    for name in _PADDING:
-        start = _find_literal(tail, name) if name in chunk else -1
-        end = tail.find(b'"', start)
-        if start >= 0 and _is_plain(tail[start:end]):
-            middle, tail, padded = tail[:start], tail[end:], name
-            break
-    probe = "x" * len(source)  # which stands in neither hole: it is longer
-    filled = probe.encode() + (middle + probe.encode() if padded else b"")
-    twin_text = (head + filled + tail)[len(b"data:") :]
-    twins = _parse_values(twin_text.decode("utf-8", "replace"))
-    if not twins or not isinstance(twins[0], dict):
-        return None
-    twin = twins[0]
-    twin_holder, _ = _place_of(event, twin)
-    if twin_holder[key] != probe or (padded and twin[padded] != probe):
-        return None
-    twin_holder[key] = text
-    if padded:
-        twin[padded] = chunk[padded]
-    return (head, middle, tail) if twins == [chunk] else None
-
-
-def _text_of(event: _Delta) -> str:
-    return event.arguments if isinstance(event, ToolCallDelta) else event.text
-
-
-def _find_literal(data: bytes, key: str) -> int:
-    """-> where the string of the first member `key` begins, behind its quote; or -1."""
-    for form in (b'"%b":"', b'"%b": "'):
-        start = data.find(form % key.encode())
-        if start >= 0:
-            return start + len(form) - 2 + len(key)
-    return -1
-
-
-def _place_of(event: _Delta, chunk: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """-> the object that holds the event's text, and the name of its member.
-
-    Raises LookupError where a second reading of the chunk might differ from the first.
-    """
-    choice = chunk["choices"][0]
+def _find_hole(event: _Delta, chunk: Any) -> tuple[dict[str, Any], str]:
+    """-> what holds the text of the event, and under which name. Raises LookupError and
+    so on where another text, or the same chunk again, might give other events."""
+    (choice,) = chunk["choices"]
     delta = choice["delta"]
-    if _word(choice.get("finish_reason")) or len(chunk["choices"]) > 1:
-        raise LookupError  # more after a reason counts differently
-    if choice.get("message"):
-        raise LookupError  # the same once more says nothing new
-    has_calls = bool(delta.keys() & {"tool_calls", "function_call"})
+    if _word(choice.get("finish_reason")) or choice.get("message"):
+        raise LookupError
     if isinstance(event, ToolCallDelta):
-        call = delta["tool_calls"][0]
-        if (
-            event.extra
-            or type(call["index"]) is not int
-            or call["function"].get("name")
-        ):
-            raise LookupError  # read twice, it may begin a second call
+        (call,) = delta["tool_calls"]
+        is_more = call["function"].get("name") or event.extra
+        if is_more or type(call["index"]) is not int:
+            raise LookupError
         return call["function"], "arguments"
-    if isinstance(event, TextDelta) and not has_calls:
-        return delta, "content"
-    if (
-        isinstance(event, ReasoningDelta)
-        and not has_calls
-        and len(event.extra or ()) == 1
-    ):
-        return delta, next(iter(event.extra or ()))
-    raise LookupError
+    if delta.get("tool_calls") or delta.get("function_call"):
+        raise LookupError
+    if isinstance(event, ReasoningDelta):
+        (name,) = event.extra or [""]
+        return delta, name
+    return delta, "content"
 
 
-# --------------------------------------------------------------------------------------
-# Bytes from anywhere -> events -> messages
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
+# Blocks of decode(); events -> messages
+# ----------------------------------------------
 
 
-def _decode(
-    blocks: Iterator[bytes], strict: bool, raw: bool
-) -> Generator[Event, None, None]:
-    answer = _Answer(strict=strict, raw=raw, one_choice=False)
-    body = _unpack(blocks)
-    cut: Optional[StreamError] = None
-    while not answer.done:
-        try:
-            piece = next(body)
-        except StopIteration as end:
-            cut = end.value
-            break
-        yield from answer.feed(piece)
-    yield from answer.end(cut)
-
-
-def _unpack(
-    blocks: Iterator[bytes],
-) -> Generator[bytes, None, Optional[StreamError]]:
-    """Yields the body without compression, and returns what was wrong with that.
-
-    What `blocks` raises is the caller's, also if it is a StreamError.
-    """
-    unpacking = _Unpacking("")
+def _check_blocks(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """In pieces: zlib copies what it leaves of each."""
     for block in blocks:
         if not isinstance(block, (bytes, bytearray, memoryview)):
             kind = type(block).__name__
-            raise TypeError(
-                f"blocks: expected an iterable of bytes, got a {kind} in it"
-            )
-        body = bytes(block)
-        try:
-            for start in range(0, len(body), _BLOCK_SIZE):  # zlib copies what is left
-                yield from unpacking.feed(body[start : start + _BLOCK_SIZE])
-        except StreamError as fault:
-            return fault
-    try:
-        yield from unpacking.end()
-    except StreamError as fault:
-        return fault
-    return None
+            raise TypeError(f"blocks: expected an iterable of bytes, got a {kind}")
+        for start in range(0, len(block), _BLOCK_SIZE):
+            yield bytes(block[start : start + _BLOCK_SIZE])
 
 
 class _Assembly:
-    """A message being put together. Text is gathered in StringIOs: in linear time, and in
-    no more memory than the text."""
+    """A message being put together, in linear time and no more memory than its text."""
 
     def __init__(self, choice: int) -> None:
         self._choice = choice
-        self._content = io.StringIO(newline="")
-        self._reasoning = io.StringIO(newline="")
-        self._refusal = io.StringIO(newline="")
+        # By class of event, and by name of a member that is text.
+        self._texts: dict[Any, io.StringIO] = collections.defaultdict(io.StringIO)
+        self._write = self._texts[TextDelta].write  # for nearly all events
         self._extra: dict[str, Any] = {}
         self._calls: dict[int, ToolCall] = {}
         self._arguments: dict[int, list[str]] = {}
 
-    def add(self, event: Event) -> None:
+    def add(self, event: Any) -> None:
         if isinstance(event, TextDelta):
-            self._content.write(event.text)
-        elif isinstance(event, ReasoningDelta):
-            self._reasoning.write(event.text)
-            for name, value in (event.extra or {}).items():
-                self._add_extra(name, value)
-        elif isinstance(event, RefusalDelta):
-            self._refusal.write(event.text)
-        elif isinstance(event, ToolCallDelta):
-            self._add_call(event)
-
-    def _add_extra(self, name: str, value: Any) -> None:
-        known = self._extra.get(name)
-        if isinstance(value, str):
-            if not isinstance(known, io.StringIO):
-                known = self._extra[name] = io.StringIO(newline="")
-            known.write(value)
-        elif isinstance(value, list) and isinstance(known, list):
-            known += _copied(value)
-        else:  # a member that changes its type: the last one stands
-            self._extra[name] = _copied(value)
-
-    def _add_call(self, delta: ToolCallDelta) -> None:
-        call = self._calls.get(delta.index)
-        if call is None:
-            call = self._calls[delta.index] = ToolCall("", "", "")
-            self._arguments[delta.index] = []
-        call.id = delta.id or call.id
-        call.name = delta.name or call.name
-        call.type = delta.type
-        if delta.extra:
-            call.extra.update(_copied(delta.extra))
-        if delta.arguments:
-            self._arguments[delta.index].append(delta.arguments)
+            self._write(event.text)
+            return
+        if isinstance(event, ToolCallDelta):
+            call = self._calls.setdefault(event.index, ToolCall("", "", ""))
+            call.id = event.id or call.id
+            call.name = event.name or call.name
+            call.type = event.type
+            call.extra.update(_copied(event.extra or {}))
+            self._arguments.setdefault(event.index, []).append(event.arguments)
+            return
+        self._texts[type(event)].write(event.text)
+        for name, value in (getattr(event, "extra", None) or {}).items():
+            known = self._extra.get(name)
+            if isinstance(value, str):
+                self._texts[name].write(value)
+                self._extra[name] = ""
+            elif isinstance(value, list) and isinstance(known, list):
+                known += _copied(value)
+            else:  # a member that changes its type: the last one stands
+                self._extra[name] = _copied(value)
 
     def finish(self, finish_reason: Optional[str]) -> Message:
+        kinds = (TextDelta, ReasoningDelta, RefusalDelta)
+        content, reasoning, refusal = [self._texts[kind].getvalue() for kind in kinds]
+        for name in [name for name, value in self._extra.items() if value == ""]:
+            self._extra[name] = _valid_unicode(self._texts[name].getvalue())
         return Message(
-            content=self._content.getvalue(),
-            reasoning=self._reasoning.getvalue(),
-            refusal=self._refusal.getvalue(),
-            tool_calls=tuple(self._finish_calls()),
-            finish_reason=finish_reason,
-            choice=self._choice,
-            extra={
-                name: _replace_surrogates(value.getvalue())
-                if isinstance(value, io.StringIO)
-                else value
-                for name, value in self._extra.items()
-            },
+            *("assistant", content, reasoning, refusal),
+            *(tuple(self._finish_calls()), finish_reason, self._choice, self._extra),
         )
 
     def _finish_calls(self) -> Iterator[ToolCall]:
-        """In order, each once, and each with an id of its own."""
-        taken = {""}
-        seen = set()
+        ids, seen = {""}, set()
         for index, call in sorted(self._calls.items(), key=lambda item: item[0]):
-            pieces = self._arguments[index]
-            is_custom = call.type == "custom"  # and then it may be any text
-            call.arguments = "".join(pieces) if is_custom else _join_arguments(pieces)
-            same = (call.id, call.name, call.arguments)
-            if not (call.name or call.arguments) or (call.id and same in seen):
+            pieces = [piece for piece in self._arguments[index] if piece]
+            is_text = call.type == "custom"  # and then it is no JSON to be put right
+            text = "".join(pieces) if is_text else _join_arguments(pieces)
+            same, name = (call.id, call.name, text), call.id
+            if not (call.name or text) or (name and same in seen):
                 continue  # nothing, or sent again under another index (new-api, LocalAI)
             seen.add(same)
-            while call.id in taken:  # none sent (NIM), or another call's (DeepSeek)
-                call.id = f"call_{os.urandom(12).hex()}"
-            taken.add(call.id)
-            yield call
+            while name in ids:  # none sent (NIM), or another call's (DeepSeek)
+                name = f"call_{os.urandom(12).hex()}"
+            ids.add(name)
+            yield replace(call, id=name, arguments=text)
 
 
 def _copied(value: Any) -> Any:
-    """So that what the caller does to an event changes no message."""
+    """What the caller does to an event changes nothing later."""
     try:
         return copy.deepcopy(value)
     except RecursionError:
@@ -4715,83 +2861,52 @@ def _copied(value: Any) -> Any:
 def _join_arguments(pieces: list[str]) -> str:
     """A tool call's arguments; once, where the server sent them more than once.
 
-    Only what is no JSON as it came is put right, and only if that makes JSON of it.
-    """
+    Only what is no JSON as it came is put right. Each piece that begins with a brace
+    may begin them anew; the last whole ones stand if all before say the same, in
+    whatever spelling, or a beginning of it ({} by Claude behind gateways, the text so
+    far by DeepSeek on Qianfan), but not inside another object that was cut."""
     whole = "".join(pieces)
-    if len(pieces) < 2 or _is_json(whole):
+    if _is_json(whole):
         return whole
-    candidates = [_last_of_equals(whole), _begun_anew(pieces)]
-    if all(b.startswith(a) for a, b in zip(pieces, pieces[1:])):  # cumulative
-        candidates.append(pieces[-1])
-    if pieces[0].startswith("".join(pieces[1:])):  # opencodex, cut
-        candidates.append(pieces[0])
-    return next((text for text in candidates if _is_json(text)), whole)
-
-
-def _last_of_equals(text: str) -> str:
-    """The last of several JSON values that say the same, or of which those before it are
-    {} (Claude on Bedrock and Vertex behind gateways). "" if the text is anything else."""
-    text = text.strip()
-    values: list[Any] = []
-    start = place = 0
-    try:
-        while place < len(text):
-            start = _match_blanks(text, place).end()
-            value, place = _parse_json_at(text, start)
-            values.append(value)
-        last = text[start:]
-        if values and isinstance(values[-1], str):  # LiteLLM: the same in a JSON string
-            last, values[-1] = values[-1], _parse_json(values[-1])
-        # As text, since 1 and true are equal in Python.
-        said = [json.dumps(value, sort_keys=True) for value in values]
-    except (ValueError, RecursionError) as error:
-        _pass_on(error)
-        return ""
-    return last if all(value in ("{}", said[-1]) for value in said) else ""
-
-
-def _begun_anew(pieces: list[str]) -> str:
-    """What a server began anew from some piece on, in another spelling (vLLM's GLM) or
-    behind a part of it (SGLang's MiniMax); "" where none did.
-
-    Behind one of `:,[` it may be an object inside another, which was then cut.
-    """
-    starts = [i for i, piece in enumerate(pieces) if piece.lstrip()[:1] == "{"]
-    if not starts:
-        return ""
-    before, again = "".join(pieces[: starts[-1]]), "".join(pieces[starts[-1] :])
-    is_inside = before.rstrip()[-1:] in ("", ":", ",", "[")
-    if is_inside or not _squeeze(again).startswith(_squeeze(before).rstrip("}")):
-        return ""
-    return again
-
-
-def _squeeze(text: str) -> str:
-    """Without blanks, which one server's two JSON writers set differently."""
-    return "".join(text.split())
+    parts: list[list[str]] = []
+    for piece in pieces:
+        if piece.lstrip().startswith("{") or not parts:
+            parts.append([])
+        parts[-1].append(piece)
+    texts = ["".join(part) for part in parts]
+    last = next((text for text in reversed(texts) if _is_json(text)), whole)
+    for part, text in zip(parts, texts):
+        start = "".join(text.split())
+        is_inside = len(part) > 1 and start.endswith((":", ",", "["))
+        is_start = "".join(last.split()).startswith(start.rstrip("}")) and not is_inside
+        if not (is_start or _is_json(text) and _canonical(text) == _canonical(last)):
+            return whole
+    return last
 
 
 def _is_json(text: str) -> bool:
     try:
         json.loads(text, strict=False)
-    except (ValueError, RecursionError) as error:
-        _pass_on(error)
+    except (ValueError, RecursionError):
         return False
     return True
+
+
+def _canonical(text: str) -> str:
+    return json.dumps(json.loads(text, strict=False), sort_keys=True)
 
 
 _DELTAS = (TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta)
 
 
-def _aggregate(events: Iterator[Event], deltas: bool) -> Generator[Event, None, None]:
+def _aggregate(events: Iterator[Event], deltas: bool) -> _Events:
     messages: dict[int, _Assembly] = {}
 
     def finish(reasons: Mapping[int, str]) -> list[Message]:
         made = [messages[c].finish(reasons.get(c)) for c in sorted(messages)]
         messages.clear()
-        return [
-            m for m in made if m.content or m.reasoning or m.refusal or m.tool_calls
-        ]
+        names = ("content", "reasoning", "refusal", "tool_calls")
+        return [m for m in made if any(getattr(m, name) for name in names)]
 
     try:
         for event in events:
@@ -4799,33 +2914,25 @@ def _aggregate(events: Iterator[Event], deltas: bool) -> Generator[Event, None, 
                 if event.choice not in messages:
                     messages[event.choice] = _Assembly(event.choice)
                 messages[event.choice].add(event)
-                if not deltas:
-                    continue
             elif isinstance(event, Completed):
                 yield from finish(event.finish_reasons)
-            elif isinstance(event, Chunk):
-                if not deltas:
-                    continue
-            elif not isinstance(event, Message):
+            elif not isinstance(event, (Chunk, Message)):
                 kind = f"{type(event).__module__}.{type(event).__qualname__}"
-                raise TypeError(
-                    f"events: expected events of this {__name__}, got a {kind} of "
-                    f"another module: {event!r:.200}"
-                )
-            yield event
+                raise TypeError(f"events: expected those of {__name__}, got a {kind}")
+            if deltas or isinstance(event, (Completed, Message)):
+                yield event
         yield from finish({})
     except ChatStreamError as error:
         error.partial = tuple(finish({})) or error.partial
         raise
     finally:
-        close = getattr(events, "close", None)
-        if close is not None:
-            close()
+        if hasattr(events, "close"):
+            events.close()
 
 
-# --------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------
+# ----------------------------------------------
+# Command line, demo
+# ----------------------------------------------
 
 
 def _parse_args(argv: Optional[list[str]]) -> Any:
@@ -4834,123 +2941,76 @@ def _parse_args(argv: Optional[list[str]]) -> Any:
     parser = argparse.ArgumentParser(
         prog="chatstream",
         description="Stream a chat completion: its text to stdout, all else to stderr.",
-        epilog="""\
-examples:
-  chatstream --demo "hello"                     a real answer, with no key and no network
-  chatstream -m gpt-4o-mini "Why is the sky blue?"
-  chatstream -p ollama -m llama3.2 "Summarize this." < article.txt
-
-exit status: 0 done; 1 an error; 2 a wrong argument; 3 the answer ended early
-(no finish_reason, length, content_filter); 130 interrupted""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit status: 0 done; 1 an error; 2 a wrong argument; 3 the answer is not "
+        "whole (no finish_reason or one of failure, length, content_filter); 130 "
+        "interrupted. -o sets a member of the request's body, as JSON or else as text.",
     )
     add = parser.add_argument
     add("words", nargs="*", metavar="PROMPT", help="its words; -: standard input")
     add("-m", "--model", help="default: the environment variable CHATSTREAM_MODEL")
     add("-p", "--provider", help=f"one of {', '.join(PROVIDERS)}")
-    add("-u", "--base-url", help="another server, such as http://localhost:8080/v1")
+    add("-u", "--base-url", help="another server, such as http://127.0.0.1:8080/v1")
     add("--key-env", metavar="NAME", help="environment variable that holds the API key")
     add("-i", "-s", "--instructions", help="a leading system message")
-    add(
-        *("-o", "--option"),
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="a member of the request's body, as JSON or else as text",
-    )
+    add("-o", "--option", metavar="NAME=VALUE", action="append", default=[])
     add("--usage", action="store_true", help="print the tokens used, on stderr")
     add("--json", action="store_true", help="one JSON object per event and line")
-    add(
-        "--demo", action="store_true", help="answer from a small server in this process"
-    )
+    add("--demo", action="store_true", help="answer from a server in this process")
     add("--version", action="version", version=f"chatstream {__version__}")
     args = parser.parse_args(argv)
     args.model = args.model or os.environ.get("CHATSTREAM_MODEL")
     if not args.model and not args.demo:
         parser.error("no model: give -m MODEL or set CHATSTREAM_MODEL")
-    if args.key_env and not os.environ.get(args.key_env, "").strip():
+    args.key = os.environ.get(args.key_env or "", "").strip() or None
+    if args.key_env and not args.key:
         parser.error(f"--key-env: the environment variable {args.key_env} is not set")
     args.body = {"stream_options": {"include_usage": True}} if args.usage else {}
     for option in args.option:
         name, equals, value = option.partition("=")
         if not name or not equals:
             parser.error(f"-o: expected NAME=VALUE, got {option!r}")
-        try:
-            args.body[name] = json.loads(value)
-        except ValueError:
-            args.body[name] = value
+        args.body[name] = json.loads(value) if _is_json(value) else value
     return args
 
 
-class _Screen:
-    """Text goes to stdout as it comes, all else to stderr, on lines of its own.
-
-    Both may be one terminal, so a line that one has begun is ended before the other
-    writes; always on stderr, because what is on stdout is the answer alone.
-    """
+class _Screen(logging.Handler):
+    """Text goes to stdout as it comes; all else, the warnings among it, to stderr.
+    Both may be one terminal, so a line of one is ended before the other writes, on
+    stderr."""
 
     def __init__(self) -> None:
+        super().__init__(logging.WARNING)
         self._is_open = False  # stdout's line
         self._has_note = False  # stderr's line is open
-        self._dim = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
 
-    def write(self, text: str) -> None:
-        """A piece of the answer."""
-        self._end_note()
-        print(text, end="", flush=True)
-        self._is_open = not text.endswith("\n")
-
-    def note(self, text: str) -> None:
-        """A piece of what is beside the answer."""
-        if text:
-            if self._is_open and not self._has_note:
-                print(file=sys.stderr)
-            start, end = self._dim
-            print(f"{start}{text}{end}", end="", file=sys.stderr, flush=True)
-            self._has_note = not text.endswith("\n")
+    def write(self, text: str, is_note: bool = False) -> None:
+        if self._is_open and not self._has_note if is_note else self._has_note:
+            print(file=sys.stderr, flush=True)
+        self._has_note = is_note and not text.endswith("\n")
+        self._is_open = self._is_open if is_note else not text.endswith("\n")
+        print(text, end="", file=sys.stderr if is_note else sys.stdout, flush=True)
 
     def line(self, text: str) -> None:
-        self._end_note()
-        if self._is_open:
-            print(file=sys.stderr)
-        print(text, file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """The answer is over: its last line ends, too."""
-        self._end_note()
-        if self._is_open:
-            self._is_open = False
-            print(flush=True)
-
-    def _end_note(self) -> None:
-        if self._has_note:
-            self._has_note = False
-            print(file=sys.stderr, flush=True)
-
-
-class _ScreenHandler(logging.Handler):
-    """Shows the warnings of a call."""
-
-    def __init__(self, screen: _Screen) -> None:
-        super().__init__(logging.WARNING)
-        self._screen = screen
+        self.write(f"\n{text}\n" if self._has_note else f"{text}\n", is_note=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._screen.line(f"chatstream: {record.getMessage()}")
+        self.line(f"chatstream: {record.getMessage()}")
+
+    def end(self) -> None:
+        if self._is_open or self._has_note:
+            self.write("\n", is_note=not self._is_open)
 
 
 def _main(argv: Optional[list[str]] = None) -> int:
     """The command `chatstream`. -> exit status."""
-    if sys.stderr is None:  # closed by the shell (2>&-)
-        sys.stderr = io.StringIO()
-    for output in (sys.stdout, sys.stderr):  # an ASCII terminal must not end the answer
-        if isinstance(output, io.TextIOWrapper):
-            output.reconfigure(errors="replace")
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # into a file or a pipe always UTF-8
+            encoding = output.encoding if output.isatty() else "utf-8"
+            output.reconfigure(encoding=encoding, errors="replace")
     screen = _Screen()
-    handler = _ScreenHandler(screen)
-    _log.addHandler(handler)
+    _log.addHandler(screen)
     try:
-        return _answer_command(_parse_args(argv), screen)
+        return _answer_prompt(_parse_args(argv), screen)
     except KeyboardInterrupt:
         with suppress(OSError):
             screen.end()
@@ -4963,197 +3023,112 @@ def _main(argv: Optional[list[str]] = None) -> int:
         screen.line(f"chatstream: cannot write the answer: {error}")
         return 1
     finally:
-        _log.removeHandler(handler)
+        _log.removeHandler(screen)
 
 
-def _answer_command(args: Any, screen: _Screen) -> int:
-    if args.demo:
-        args.base_url, args.provider = _serve_demo(), None
+def _answer_prompt(args: Any, screen: _Screen) -> int:
     try:
         events = stream(
-            _read_prompt(args, screen),
+            " ".join(args.words or ["hi"]) if args.demo else _read_prompt(args.words),
             model=args.model or "demo",
             instructions=args.instructions,
-            provider=args.provider,
-            base_url=args.base_url,
-            api_key=os.environ[args.key_env].strip() if args.key_env else None,
+            provider=None if args.demo else args.provider,
+            base_url=_serve_demo() if args.demo else args.base_url,
+            api_key=args.key,
             extra_body=args.body,
         )
-        show = _show_json if args.json else _show_text
-        completed = show(events, screen)
+        done = _show(events, screen, args.json)
     except ChatStreamError as error:
         screen.end()
         if args.json:
-            print(json.dumps(_error_to_dict(error)), flush=True)
-        screen.line(f"chatstream: {_name_options(str(error))}")
+            first = {"event": "error", "type": type(error).__name__}
+            first["message"] = str(error)
+            partial = [asdict(message) for message in error.partial]
+            shown = {**first, **vars(error), **first, "partial": partial}
+            print(json.dumps(shown), flush=True)
+        screen.line(f"chatstream: {error}")
         return 1
     except (ValueError, TypeError) as error:
-        screen.line(f"chatstream: {_name_options(str(error))}")
+        screen.line(f"chatstream: {error}")
         return 2
     screen.end()
     if args.usage:
-        screen.line(f"chatstream: {_describe_usage(completed.usage)}")
-    if completed.finish_reason not in (None, "length", "content_filter"):
+        counts = vars(done.usage) if done.usage else {"usage": "none was sent"}
+        texts = [f"{name} {count}" for name, count in counts.items() if count]
+        screen.line(f"chatstream: {', '.join(texts)}")
+    reason = done.finish_reason or "no finish_reason"
+    is_short = reason in ("no finish_reason", "length", "content_filter")
+    if not is_short and not _is_failure(reason):
         return 0
-    why = completed.finish_reason or "no finish_reason"
-    screen.line(f"chatstream: the answer ended early ({why})")
+    screen.line(f"chatstream: the answer is not whole ({reason})")
     return 3
 
 
-def _read_prompt(args: Any, screen: _Screen) -> str:
-    """The words; standard input in the place of a word -, before them, or without them."""
-    # UTF-8 whatever the locale.
-    words = [os.fsencode(word).decode("utf-8", "replace") for word in args.words]
-    if args.demo:
-        return " ".join(words) or "hello"
+def _read_prompt(words: list[str]) -> str:
+    """The words; standard input in the place of a word -, before them, or without them.
+    It is UTF-8, or UTF-16 where a byte order mark says so."""
+    import stat
+
+    is_asked, text = "-" in words or not words, ""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+        if is_asked or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+            data = sys.stdin.buffer.read()
+            is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+            text = data.decode("utf-16" if is_utf16 else "utf-8-sig", "replace")
+    except (OSError, AttributeError) as error:  # the second one where it is closed
+        if is_asked:
+            raise ValueError(f"standard input cannot be read: {error}") from None
+    text = text.rstrip("\r\n")
     if "-" in words:
-        text = _read_input(screen)
         return " ".join(text if word == "-" else word for word in words)
-    if not words:
-        return _read_input(screen)
-    text = _read_input(screen) if _has_piped_input() else ""
     return "\n\n".join(part for part in (text, " ".join(words)) if part)
 
 
-def _has_piped_input() -> bool:
-    import stat
-
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # closed, or not a file at all
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-def _read_input(screen: _Screen) -> str:
-    if sys.stdin is None:
-        return ""
-    notice = "chatstream: waiting for the prompt on standard input (Ctrl-D ends it)"
-    timer = threading.Timer(1.0, screen.line, [notice])
-    timer.daemon = True
-    timer.start()
-    try:
-        return sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\r\n")
-    finally:
-        timer.cancel()
-
-
-def _show_text(events: Iterable[Event], screen: _Screen) -> Completed:
-    completed = Completed()
-    for event in aggregate(events, deltas=True):
-        if isinstance(event, TextDelta) and event.choice == 0:
+def _show(events: Iterable[Event], screen: _Screen, as_json: bool) -> Completed:
+    done = Completed()
+    for event in events if as_json else aggregate(events, deltas=True):
+        if as_json:
+            fields = {"event": type(event).__name__, **asdict(event)}
+            print(json.dumps(fields), flush=True)
+        elif isinstance(event, TextDelta) and event.choice == 0:
             screen.write(event.text)
-        elif isinstance(event, (ReasoningDelta, RefusalDelta)):
-            screen.note(event.text)
+        elif isinstance(event, (ReasoningDelta, RefusalDelta)) and event.text:
+            screen.write(event.text, is_note=True)
         elif isinstance(event, Message):
             if event.choice and event.content:  # after -o n=2, one below the other
                 screen.end()
                 screen.write(f"\n{event.content}")
             for call in event.tool_calls:
                 screen.line(f"tool call: {call.name}({call.arguments})")
-        elif isinstance(event, Completed):
-            completed = event
-    return completed
-
-
-def _show_json(events: Iterable[Event], screen: _Screen) -> Completed:
-    completed = Completed()
-    for event in events:
-        print(json.dumps({"event": type(event).__name__, **asdict(event)}), flush=True)
-        if isinstance(event, Completed):
-            completed = event
-    return completed
-
-
-def _error_to_dict(error: ChatStreamError) -> dict[str, Any]:
-    fields = {**vars(error), "partial": [asdict(m) for m in error.partial]}
-    named = {"event": "error", "type": type(error).__name__, "message": str(error)}
-    return {**named, **fields, **named}
-
-
-#: What a text calls it -> what it is on the command line.
-_OPTION_NAMES = {
-    "pass api_key=": "give --key-env NAME",
-    "the base URL has no path": "the base URL (-u) has no path",
-    "base_url: ": "-u: base_url: ",
-    "provider: ": "-p: provider: ",
-    "model: ": "-m: model: ",
-    "messages: empty": "PROMPT: empty",
-    "stream: ": "-o: stream: ",
-}
-
-
-def _name_options(text: str) -> str:
-    for name, option in _OPTION_NAMES.items():
-        if name.endswith(": ") and not text.startswith(name):
-            continue
-        text = text.replace(name, option, 1)
-    return text
-
-
-def _describe_usage(usage: Optional[Usage]) -> str:
-    if usage is None:
-        return "the server sent no usage"
-    text = (
-        f"{usage.prompt_tokens} prompt + {usage.completion_tokens} completion = "
-        f"{usage.total_tokens} tokens"
-    )
-    if usage.cached_tokens:
-        text += f", {usage.cached_tokens} cached"
-    if usage.reasoning_tokens:
-        text += f", {usage.reasoning_tokens} reasoning"
-    if "cost" in usage.extra:
-        text += f", cost {usage.extra['cost']}"
-    return text
+        done = event if isinstance(event, Completed) else done
+    return done
 
 
 def _serve_demo() -> str:
-    """Start a chat-completions server of a few lines on loopback. -> its base URL."""
-    import socketserver
-    from http.server import BaseHTTPRequestHandler
+    """A chat-completions server of a few lines on loopback. -> its base URL."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
         def do_POST(self) -> None:
             length = int(self.headers["Content-Length"])
             prompt = json.loads(self.rfile.read(length))["messages"][-1]["content"]
-            answer = (
-                f"You said: {prompt.strip()}\nEach word came as an event of its own."
-            )
-            words = re.findall(r"\s*\S+", answer)
+            text = f"You said: {prompt}\nEach word came as an event of its own."
             self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            for word in words:
-                self.send_event({"index": 0, "delta": {"content": word}})
+            words = re.findall(r"\s*\S+", text)
+            choices: list[Any] = [{"delta": {"content": word}} for word in words]
+            for choice in [*choices, {"finish_reason": "stop"}]:
+                usage = {"completion_tokens": len(words)}
+                chunk = {"choices": [choice], "usage": usage}
+                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
                 time.sleep(0.05)
-            counts = (len(prompt.split()), len(words))
-            names = ("prompt_tokens", "completion_tokens", "total_tokens")
-            usage = dict(zip(names, (*counts, sum(counts))))
-            end = {"index": 0, "delta": {}, "finish_reason": "stop"}
-            self.send_event(end, usage=usage)
-            self.send_chunk(b"data: [DONE]\n\n")
-            self.send_chunk(b"")
-
-        def send_event(self, choice: dict[str, Any], **more: Any) -> None:
-            chunk = {"id": "demo-1", "model": "demo", "choices": [choice], **more}
-            self.send_chunk(b"data: %b\n\n" % json.dumps(chunk).encode())
-
-        def send_chunk(self, data: bytes) -> None:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads = True
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            pass  # the client has left, which is no news
-
-    server = Server(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign] # it has left
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_address[1]}/v1"
 
