@@ -2134,7 +2134,7 @@ class _Answer:
         self._skipped = ""  # the first text that was skipped
         self._match: Any = _match_nothing  # the shortcut: a line -> its event, or None
         self._learned_at = 0  # `said`, when that was made
-        self._wasted = 0  # of these in a row that were never taken
+        self._wasted = 0  # of these in a row, never taken
 
     # Bytes -> lines
 
@@ -2278,7 +2278,7 @@ class _Answer:
                 if self._wasted < _PATIENCE:
                     choice = self._choices[events[0].choice]
                     self._match = _make_matcher(line, value, events[0], choice)
-                    self._wasted += self._match is not _match_nothing
+                    self._wasted += 1
                 self._learned_at = self.said
             if self._raw:
                 yield Chunk(_copied(value))
@@ -2899,7 +2899,7 @@ def _canonical(text: str) -> str:
 _DELTAS = (TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta)
 
 
-def _aggregate(events: Iterator[Event], deltas: bool) -> _Events:
+def _aggregate(events: Any, deltas: bool) -> _Events:
     messages: dict[int, _Assembly] = {}
 
     def finish(reasons: Mapping[int, str]) -> list[Message]:
