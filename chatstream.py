@@ -718,7 +718,7 @@ class _Request(types.SimpleNamespace):
 
 
 def _start(arguments: dict[str, Any], *, whole: bool) -> _Events:
-    """Both functions. Leaves nothing in `arguments`, which may hold a key."""
+    """stream(), complete(). Empties `arguments`, which may hold a key."""
     try:
         request = _prepare(_Request(**arguments, whole=whole))
     except Exception as error:
@@ -779,7 +779,7 @@ def _expect(name: str, value: Any, *kinds: Any) -> Any:
 
 
 def _choose_provider(given: Any, base_url: Any) -> tuple[Provider, str]:
-    """-> the provider with its URL, and the name of that in messages."""
+    """-> the provider with its URL, and its source for error texts."""
     _expect("base_url", base_url, str, None)
     hint = " (extra_body= takes OpenRouter's)" if isinstance(given, Mapping) else ""
     name = _expect(f"provider{hint}", given, str, Provider, None)
@@ -993,13 +993,17 @@ class _Secrets:
             vars(cause).update(self._hide_in(vars(cause)))
             _without_frames(cause)
 
-    def _hide_in(self, value: Any) -> Any:
+    def _hide_in(self, value: Any, depth: int = 0) -> Any:
         if isinstance(value, str):
             return self.hide(value)
+        if depth > 64:
+            return "..."
         if isinstance(value, dict):
-            return {self._hide_in(name): self._hide_in(v) for name, v in value.items()}
-        is_list = type(value) in (list, tuple)
-        return type(value)(map(self._hide_in, value)) if is_list else value
+            items = value.items()
+            return {self._hide_in(n): self._hide_in(v, depth + 1) for n, v in items}
+        if type(value) in (list, tuple):
+            return type(value)([self._hide_in(item, depth + 1) for item in value])
+        return value
 
 
 def _chain(error: Optional[BaseException]) -> list[BaseException]:
@@ -1209,8 +1213,7 @@ def _run(request: _Request, clock: _Clock) -> _Events:
             raise
         if hasattr(error, "attempts"):
             error.attempts = attempt
-        # At random, so that not all come back in one moment; a server's wait is the
-        # least.
+        # Random, so that not all come back at once; never sooner than a server asked.
         if wait is None:
             delay = min(backoff * random.uniform(0.9, 1.1), _LONGEST_BACKOFF)
             backoff *= 2
@@ -1261,7 +1264,7 @@ def _attempt(request: _Request, clock: _Clock) -> _Events:
             reply.close()
 
 
-#: In this time the body may end behind [DONE], so that its connection is free.
+#: Time for the body to end after [DONE], so that its connection can be reused.
 _GRACE_SECONDS = 0.05
 
 
@@ -1336,7 +1339,7 @@ def _retry_after(headers: Mapping[str, str], text: str) -> Optional[float]:
 # Content-Length for a clean end, and hands over one chunk a call: to join all that one
 # recv() brings halves the cost of an event.
 
-#: Bytes of a read: no less than the buffer of its file, where some might stay unseen.
+#: Bytes of a read; at least its file's buffer, so that none is left in there.
 _BLOCK_SIZE = max(65536, io.DEFAULT_BUFFER_SIZE)
 
 
@@ -1469,8 +1472,8 @@ def _parse_size(line: bytes) -> int:
 
 
 def _unpack(blocks: Iterable[bytes], clock: _Clock) -> Iterator[bytes]:
-    """Undo gzip and zlib, which nginx uses unasked. Not the header is believed, which
-    proxies leave there when they unpack, but the body."""
+    """Undo gzip and zlib, which nginx uses unasked. The body tells which, not the
+    header: proxies leave that there when they unpack."""
     start: Optional[bytes] = b""  # until two bytes tell
     inflater: Any = None
     for block in blocks:
@@ -1483,11 +1486,11 @@ def _unpack(blocks: Iterable[bytes], clock: _Clock) -> Iterator[bytes]:
             # RFC 1950, 2.2; RFC 1952, 2.3.1
             head = int.from_bytes(block[:2], "big")
             if (head >> 8 == 0x78 and head % 31 == 0) or head == 0x1F8B:
-                inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)  # which, it tells
+                inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)  # either of them
         if inflater is None:
             yield block
             continue
-        # A wrong checksum, which is last, spoils what is read in one with it.
+        # Bytewise at the end: a bad checksum spoils what is read with it.
         for part in (block[:-8], *(bytes([byte]) for byte in block[-8:])):
             plain = part
             while plain and not inflater.eof:  # what is behind the end is ignored
@@ -1513,9 +1516,8 @@ def _unpack(blocks: Iterable[bytes], clock: _Clock) -> Iterator[bytes]:
 class _Reply:
     """A reply whose headers are there, and its connection.
 
-    response: what some tool puts in its place may have no file: its own bytes are read,
-        and the framing is undone already. release: takes whether to keep the
-        connection."""
+    response: http.client's. A tool's stand-in may have no file: then its own read()
+        gives the body unframed. release: takes whether to keep the connection."""
 
     def __init__(
         self, response: Any, sock: Any, clock: _Clock, release: Any, where: str
@@ -1559,11 +1561,12 @@ class _Reply:
 
 
 def _pass_on(error: BaseException) -> None:
+    """Raise it, unless it is the network's."""
     import http.client
 
-    is_ours = isinstance(error, (OSError, http.client.HTTPException))
-    is_ours = is_ours or type(error).__module__.startswith("urllib3.")
-    if isinstance(error, ChatStreamError) or _is_timeout(error) or not is_ours:
+    is_network = isinstance(error, (OSError, http.client.HTTPException))
+    is_network = is_network or type(error).__module__.startswith("urllib3.")
+    if isinstance(error, ChatStreamError) or _is_timeout(error) or not is_network:
         raise error
 
 
@@ -1606,7 +1609,7 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
 
 
 def _exchange(
-    link: Any, key: Any, request: _Request, proxy: Any, clock: _Clock
+    connection: Any, key: Any, request: _Request, proxy: Any, clock: _Clock
 ) -> _Reply:
     url, body, owner = request.url, request.content, os.getpid()
     is_absolute = proxy is not None and url.scheme == "http"  # RFC 9112, 3.2.2
@@ -1617,27 +1620,27 @@ def _exchange(
         length = {"Content-Length": str(len(body))}
         first = proxy.headers if proxy and is_absolute else {}
         headers = _merge_headers(first, request.headers, length)
-        link.request("POST", target, body[:_BLOCK_SIZE], headers)
+        connection.request("POST", target, body[:_BLOCK_SIZE], headers)
 
     def release(is_reusable: bool) -> None:
         idle = _idle.setdefault(key, [])
-        # Kept for reuse: as many of a kind as anybody has threads.
+        # At most 256 of a kind are kept: nobody has more threads.
         if is_reusable and not closes and len(idle) < 256:
-            idle.append(link)
+            idle.append(connection)
         else:  # in a forked child the connection is still its parent's
-            _close(link, sock if os.getpid() == owner else None)
+            _close(connection, sock if os.getpid() == owner else None)
 
-    sock = link.sock
+    sock = connection.sock
     try:
         clock.watch(sock)
         clock.wait(sock, request.connect_timeout, start)
-        sock = link.sock  # http.client lets go of it where this reply is the last
+        sock = connection.sock  # http.client lets go of it where this reply is the last
         clock.watch(sock)
         _keep_alive(sock)
         # A server may refuse a large request before it has all of it.
         with suppress(BrokenPipeError, ConnectionResetError):
-            _send_rest(link, request, clock)
-        response = clock.read(sock, link.getresponse)
+            _send_rest(connection, request, clock)
+        response = clock.read(sock, connection.getresponse)
     except BaseException:
         release(False)
         raise
@@ -1730,7 +1733,7 @@ def _transport_failure(cause: BaseException, where: str) -> ChatStreamError:
     import ssl
 
     text = str(cause) or type(cause).__name__
-    is_odd = type(cause) is http.client.BadStatusLine  # not that of an empty reply
+    is_odd = type(cause) is http.client.BadStatusLine  # not RemoteDisconnected
     if is_odd or isinstance(cause, http.client.UnknownProtocol):
         shown = text.encode("unicode_escape").decode()
         text = f"expected a reply in HTTP/1.1, got '{shown}'"
@@ -1874,7 +1877,7 @@ def _parse_address(host: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _tls_context(kind: Any, cert_file: str, _: str) -> Any:
-    """Made once for what it depends on; truststore puts another class there."""
+    """Cached by class (truststore swaps it) and by SSL_CERT_FILE and _DIR."""
     import ssl
 
     try:
@@ -1975,7 +1978,9 @@ def _error_facts(value: Any, hide: Callable[[str], str]) -> dict[str, Any]:
 
 
 def _first_dict(value: Any) -> dict[str, Any]:
-    items = value if isinstance(value, list) else [value]
+    if isinstance(value, dict):
+        return value
+    items = value if isinstance(value, list) else []
     return next((item for item in items if isinstance(item, dict)), {})
 
 
@@ -2090,7 +2095,7 @@ def _has_chunk(values: Optional[list[Any]]) -> bool:
 
 
 def _word(value: Any) -> str:
-    """ "" also for words that say as much (KoboldCpp, LiteLLM)."""
+    """A string, or ""; "null" is none (KoboldCpp, LiteLLM)."""
     is_word = isinstance(value, str) and value not in ("null", "None")
     return _valid_unicode(value) if is_word else ""
 
@@ -2134,7 +2139,7 @@ class _Answer:
         self._skipped = ""  # the first text that was skipped
         self._match: Any = _match_nothing  # the shortcut: a line -> its event, or None
         self._learned_at = 0  # `said`, when that was made
-        self._wasted = 0  # of these in a row, never taken
+        self._wasted = 0  # matchers in a row, never used
 
     # Bytes -> lines
 
@@ -2162,6 +2167,8 @@ class _Answer:
     def _split(self, block: bytes) -> list[bytes]:
         """They end in LF, CR or CRLF (WHATWG SSE, 9.2.5). Linear, also for a large
         line."""
+        if not block:  # a read of framing alone: an LF may still belong to a CR
+            return []
         self._size = len(block) + (self._size if self.said == self._sized_at else 0)
         self._sized_at = self.said
         if self._size > _MAX_EVENT:
@@ -2188,7 +2195,7 @@ class _Answer:
             at += 6 if line.startswith(b" ", at + 5) else 5
         text = line[at:].decode("utf-8", "replace")
         name, _, value = text.partition(":")
-        if not at and name in ("", "id", "retry"):
+        if not at and name in ("", "id", "retry", "data"):  # the last without a colon
             if self._name == "error" and not name:
                 self._comments.append(value.strip()[:_MAX_SENTENCE])
         elif not at and name == "event":
@@ -2379,7 +2386,7 @@ class _Answer:
             what = "the answer is no chat completion: expected chunks with choices"
             raise StreamError(f"{what}, got {text!r} ({shown})")
         finished = [c.is_finished(self.done, cut is not None) for c in choices]
-        # Of a choice that was asked for nothing may have come.
+        # A choice that was asked for may not have begun.
         least = max(self._asked, 1) if cut else 1
         is_finished = all(finished) and len(finished) >= least
         if cut is None and is_finished:
@@ -2419,7 +2426,7 @@ def _make_usage(data: dict[str, Any]) -> Usage:
 # The answer: choices, their texts, their tool calls
 # ----------------------------------------------
 
-#: The first of them is the reasoning; it is never added up.
+#: The first with text is the reasoning; others repeat it.
 _REASONING = ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details")
 
 
@@ -2493,7 +2500,8 @@ class _Choice:
         texts = list(_read_texts(delta))
         self._streamed |= {kind for kind, text, members in texts if text or members}
         events: list[_Delta] = []
-        for kind, piece, members in itertools.chain(texts, self._take_rest(message)):
+        rest = self._take_rest(message) if message else ()
+        for kind, piece, members in itertools.chain(texts, rest):
             text = self._join(kind, piece)
             if members:
                 events.append(ReasoningDelta(text, self.index, members))
@@ -2501,7 +2509,7 @@ class _Choice:
                 events.append(kind(text, self.index))
         calls = self._read_calls(delta)
         self._streamed.update(map(type, calls))
-        if ToolCallDelta not in self._streamed:
+        if message and ToolCallDelta not in self._streamed:
             calls += self._read_calls(message)
         events += calls
         if events or self._halves:
@@ -2576,7 +2584,7 @@ class _Choice:
         return events
 
     def _find_call(self, part: _Part) -> _Call:
-        """The call that a delta belongs to, or a new one.
+        """A delta's call; is_followed_by() may make it a new one.
 
         index     id        name    belongs to
         known     any       any     the call of the index
@@ -2650,7 +2658,7 @@ class _Call:
         self._type = "function"
 
     def is_followed_by(self, part: _Part) -> bool:
-        """A delta that points to this call is the first of another one."""
+        """Whether a delta that points here begins another call."""
         if not (self.name and part.name):
             return False
         if part.id and self.id and part.id != self.id:
@@ -2984,7 +2992,7 @@ class _Screen(logging.Handler):
         self._has_note = False  # stderr's line is open
 
     def write(self, text: str, is_note: bool = False) -> None:
-        if self._is_open and not self._has_note if is_note else self._has_note:
+        if (self._is_open and not self._has_note) if is_note else self._has_note:
             print(file=sys.stderr, flush=True)
         self._has_note = is_note and not text.endswith("\n")
         self._is_open = self._is_open if is_note else not text.endswith("\n")
@@ -3043,9 +3051,7 @@ def _answer_prompt(args: Any, screen: _Screen) -> int:
         if args.json:
             first = {"event": "error", "type": type(error).__name__}
             first["message"] = str(error)
-            partial = [asdict(message) for message in error.partial]
-            shown = {**first, **vars(error), **first, "partial": partial}
-            print(json.dumps(shown), flush=True)
+            print(json.dumps({**first, **vars(error), **first}), flush=True)
         screen.line(f"chatstream: {error}")
         return 1
     except (ValueError, TypeError) as error:

@@ -3607,6 +3607,17 @@ def test_cli_interrupt():
             assert child.stdout.read() == b"\n"
             assert child.stderr.read() == b""
 
+def test_reads_without_any_text_between_cr_and_lf():
+    body = b'event: error\r\ndata: {"message":"CUDA oom"}\r\n\r\n'
+    for packed in (gzip.compress(body), gzip.compress(body, 0)):
+        events, failure = decode([packed[at : at + 1] for at in range(len(packed))])
+        assert (events, failure.message) == ([], "CUDA oom")
+
+def test_a_line_that_is_data_without_a_colon_is_padding():
+    assert decode([sse(C("a"), STOP) + b"data\n\n"]) == ([A, END], None)
+    with pytest.raises(cs.StreamError, match="without a finish_reason"):
+        list(cs.decode([sse(C("a")) + b"data\n\n"], strict=True))
+
 # ---- The README ----------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
