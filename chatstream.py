@@ -1441,7 +1441,7 @@ def _dechunk(blocks: Iterable[bytes]) -> Generator[bytes, None, bool]:
             line, at = block[at:end], end + 1
             if expected == "size":
                 size = _parse_size(line)
-                end = at + max(size, 0)
+                end = at + size
                 pieces.append(block[at:end])
                 if size > 0 and block[end : end + 2] == b"\r\n":  # nearly always
                     at = end + 2
