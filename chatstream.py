@@ -1376,15 +1376,16 @@ def _receive(reply: _Reply) -> Iterator[bytes]:
     properly."""
     blocks = iter(reply.read, b"")
     try:
-        left = _choose_framing(reply) if reply.has_file else _TO_THE_END
-        if left == _CHUNKED:
+        length = _choose_framing(reply) if reply.has_file else _TO_THE_END
+        if length == _CHUNKED:
             reply.end_body((yield from _dechunk(blocks)))
-        elif left == _TO_THE_END:
+        elif length == _TO_THE_END:
             yield (first := next(blocks, b""))
             if not first and reply.has_file:
                 raise _cut("inside its headers, which name no length")
             yield from blocks
         else:
+            left = length
             while left > 0:
                 block = next(blocks, b"")
                 if not block:
@@ -1578,15 +1579,15 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
     # Looked up now, because vcrpy, OpenTelemetry and others put their own there.
     make: Any = http.client.HTTPConnection
     options: dict[str, Any] = {"timeout": clock.bound(request.connect_timeout)}
-    if "https" in (url.scheme, peer.scheme):
-        import ssl
-
-        make, env = http.client.HTTPSConnection, os.environ.get
-        files = env("SSL_CERT_FILE", ""), env("SSL_CERT_DIR", "")
-        options["context"] = _tls_context(ssl.SSLContext, *files)
     tunnel = url.origin if proxy and url.scheme == "https" else ""
-    key = (make, peer.origin, tunnel, options.get("context"))
     try:
+        if "https" in (url.scheme, peer.scheme):
+            import ssl
+
+            make, env = http.client.HTTPSConnection, os.environ.get
+            files = env("SSL_CERT_FILE", ""), env("SSL_CERT_DIR", "")
+            options["context"] = _tls_context(ssl.SSLContext, *files)
+        key = (make, peer.origin, tunnel, options.get("context"))
         connection = _take_idle(key)
         if connection is not None:
             # If it was dead, that costs no try: uvicorn closes after a 500 without
@@ -1616,11 +1617,14 @@ def _exchange(
     target = url.origin + url.target if is_absolute else url.target
     closes = "close" in _take_headers(request.headers).get("connection", "").lower()
 
-    def start() -> None:  # the headers hold the key: they stand in no frame of ours
+    def start() -> None:
         length = {"Content-Length": str(len(body))}
         first = proxy.headers if proxy and is_absolute else {}
-        headers = _merge_headers(first, request.headers, length)
-        connection.request("POST", target, body[:_BLOCK_SIZE], headers)
+        block = body[:_BLOCK_SIZE]
+        # The headers hold the key: no frame of ours has a name for them.
+        connection.request(
+            "POST", target, block, _merge_headers(first, request.headers, length)
+        )
 
     def release(is_reusable: bool) -> None:
         idle = _idle.setdefault(key, [])
@@ -1858,9 +1862,11 @@ def _goes_direct(url: _URL, no_proxy: str) -> bool:
         return bool(bypass(f"{url.host}:{url.port}", names))
     if address.is_loopback or address.is_unspecified:
         return True
-    for entry in no_proxy.split(","):
+    for entry in map(str.strip, no_proxy.split(",")):
+        if entry == f"{url.host}:{url.port}":
+            return True
         with suppress(ValueError):  # a name; urllib.request finds 1.2.3 in 10.1.2.3
-            if address in ipaddress.ip_network(entry.strip(), strict=False):
+            if address in ipaddress.ip_network(entry, strict=False):
                 return True
     return False
 
@@ -2408,18 +2414,21 @@ def _make_usage(data: dict[str, Any]) -> Usage:
     """The first count that is not 0: OpenAI's, mlx-vlm's, DeepSeek's, Moonshot's."""
     names = ("prompt_tokens_details", "completion_tokens_details")
     prompt, completion = [_first_dict(data.get(name)) for name in names]
-    get, ours = data.get, [name for name in vars(Usage()) if name != "extra"]
-    counts = (
-        (get("prompt_tokens"), get("input_tokens")),
-        (get("completion_tokens"), get("output_tokens")),
-        (get("total_tokens"),),
-        (prompt.get(ours[3]), get("prompt_cache_hit_tokens"), get(ours[3])),
-        (completion.get(ours[4]), get(ours[4])),
+    get, cached, reasoned = data.get, "cached_tokens", "reasoning_tokens"
+    hits, ours = "prompt_cache_hit_tokens", vars(Usage()).keys() - {"extra"}
+    known = {*ours, *names, "input_tokens", "output_tokens", hits}
+
+    def first(*counts: Any) -> int:
+        return next((n for n in counts if type(n) is int and n), 0)
+
+    return Usage(
+        first(get("prompt_tokens"), get("input_tokens")),
+        first(get("completion_tokens"), get("output_tokens")),
+        first(get("total_tokens")),
+        first(prompt.get(cached), get(hits), get(cached)),
+        first(completion.get(reasoned), get(reasoned)),
+        {n: v for n, v in data.items() if n not in known and v is not None},
     )
-    found = [next((n for n in c if type(n) is int and n), 0) for c in counts]
-    known = {*ours, *names, "input_tokens", "output_tokens", "prompt_cache_hit_tokens"}
-    more = {name: v for name, v in data.items() if name not in known and v is not None}
-    return Usage(**dict(zip(ours, found)), extra=more)
 
 
 # ----------------------------------------------
@@ -2744,8 +2753,8 @@ def _make_matcher(
         if len(line) - len(inner) != fixed:
             return None
         if middle:
-            inner, _, padding = inner.partition(middle)
-            if not padding.replace(b"_", b"").isalnum():
+            inner, _, noise = inner.partition(middle)
+            if not noise.replace(b"_", b"").isalnum():
                 return None
         try:
             text = inner.decode()

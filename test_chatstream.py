@@ -2658,6 +2658,7 @@ def test_an_http_proxy_gets_an_absolute_request(name, value, monkeypatch):
     ("x.test", "x.test:81", False), ("x.test", "*", True), ("x.test", "", False),
     ("10.1.2.3", "10.0.0.0/8", True), ("10.1.2.3", "10.1.2.3", True), ("10.1.2.3", "1.2.3", False),
     ("11.1.2.3", "10.0.0.0/8,nonsense/99", False), ("10.1.2.3", " * ", True),
+    ("10.1.2.3", "10.1.2.3:9, 10.1.2.3:80", True), ("10.1.2.3", "10.1.2.3:9", False),
     ("[fd00::5]", "fd00::/8", True), ("[fe80::5]", "fd00::/8", False),
     ("localhost", "", True), ("127.0.0.1", "", True), ("127.8.9.1", "", True), ("[::1]", "", True),
     ("0.0.0.0", "", True), ("[::]", "", True), ("127.0.0.1.test", "", False),
@@ -3034,6 +3035,19 @@ def test_a_traceback_shows_no_key_and_is_short(function, way, monkeypatch):
         for value in frame.f_locals.values():
             if isinstance(value, dict):
                 assert KEY not in str([*value.values()])
+
+def test_an_interrupt_while_the_request_is_sent_shows_no_key(monkeypatch):
+    def interrupt(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(http.client.HTTPConnection, "request", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        list(cs.stream("x", model="m", base_url=URL, api_key=KEY))
+    frames = list(frames_of(caught.value))
+    assert "start" in [frame.f_code.co_name for frame in frames]
+    for frame in frames:
+        shown = {name: repr(value) for name, value in frame.f_locals.items()}
+        assert KEY not in str(shown), frame.f_code.co_name
 
 def test_a_cause_keeps_its_type_and_text_and_loses_its_frames():
     _, failure = collect(ask(URL, api_key=KEY))
