@@ -1,6 +1,5 @@
 # chatstream 1.2.0: stream a chat completion from a Python script. One file, MIT.
-# The Python distribution chatstream-py: copy this file beside your code, or install a
-# checkout. It is its own documentation; the README of the distribution has recipes.
+# Copy this file beside your code. Its distribution, chatstream-py, has recipes.
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the chatstream authors; the licence is at the end of this file.
 # pyright: standard
@@ -20,33 +19,30 @@ Start with help(chatstream.stream): it explains every option. The functions are
     decode()     the bytes of an answer, from anywhere -> events
     cancel()     stop a stream() from another thread
 
-and on the command line `python chatstream.py -m gpt-4o-mini "Why is the sky blue?"`
-does the same (`--help` lists its options, `--demo` needs no key and no network).
+On the command line: `python chatstream.py -m gpt-4o-mini "Why is the sky blue?"`.
+`--help` lists its options, `--demo` needs no key and no network.
 
 Events, in the order of an answer:
 
-    Chunk           the JSON as sent; only with raw=True, before what is made of it
-    ReasoningDelta  a piece of the model's reasoning
-    TextDelta       a piece of the answer
-    RefusalDelta    a piece of a refusal
-    ToolCallDelta   a piece of a tool call
-    Message         a whole message; only from aggregate()
-    Completed       last, once: finish reasons, usage, id and model
+    Chunk            with raw=True: the JSON as sent
+    ReasoningDelta, TextDelta, RefusalDelta, ToolCallDelta: pieces of these
+    Message          from aggregate(): a whole message
+    Completed        last, once: finish reasons, usage, id and model
 
 Errors:
 
     ChatStreamError           any of them; .partial, .request_id
       MissingAPIKeyError      no key in the environment
       StatusError             a reply that is not 2xx
-        RetryLimitError       the same, after the retries
-      TransportError          no connection, or it broke before the first event
-      DeadlineError           `deadline` has passed (also a TimeoutError)
+        RetryLimitError       the same, of a kind that is tried again
+      TransportError          no connection, or cut before the first event
+      DeadlineError           too long (also a TimeoutError)
       CancelledError          cancel() was called
       StreamError             a 2xx answer went wrong
         IdleTimeoutError      silence (also a TimeoutError)
         TruncatedStreamError  cut in the middle
-        MalformedChunkError   strict=True: data that is not a JSON object
-        ServerError           the server reported an error inside the answer
+        MalformedChunkError   strict=True: no JSON object
+        ServerError           reported by the server, inside its answer
 
 A wrong argument is a ValueError or TypeError from the call itself, before any network
 use. The standard library carries everything; with `pool=` a urllib3 manager of the
@@ -75,11 +71,11 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Callable, ClassVar, Optional, Union
 
-# http.client, ssl, urllib and others are imported where they are first needed: together
-# they would be most of the time that `import chatstream` takes.
+# http.client, ssl, urllib and others are imported where they are needed first: they are
+# most of the time that a start takes.
 
 __version__ = "1.2.0"
 
@@ -99,9 +95,9 @@ __all__ = [
 _log = logging.getLogger("chatstream")
 
 
-# ----------------------------------------------
+# ---
 # How it works
-# ----------------------------------------------
+# ---
 
 # messages, options -> _Request -> _run: tries, waits -> _attempt: one request
 #     http.client over a kept or a new connection, or the caller's pool
@@ -126,32 +122,34 @@ _log = logging.getLogger("chatstream")
 # arguments, sentences out of broken error pages, a second way to do anything.
 
 
-# ----------------------------------------------
+# ---
 # Errors
-# ----------------------------------------------
+# ---
 
 
 class ChatStreamError(Exception):
     """Base of all errors that a call can end in.
 
-    partial: tuple of Message, what had arrived of each choice; filled in by
-        aggregate().
-    request_id: str, the server's name for the request, to quote to its support; "" if
-        it gave none or was not reached.
-    """
+    partial: tuple of Message, what had arrived of each choice, from aggregate().
+    request_id: str, the server's, to quote to its support; "" if it gave none."""
 
     partial: tuple[Message, ...]
     request_id: str
     _fields: ClassVar[dict[str, Any]] = {"partial": (), "request_id": ""}
 
-    # Each class says its fields and their defaults. They are attributes of the
-    # instance, not of the class: pickle, copy and Dask carry them over, and Ray's
-    # wrapper, which looks for them in the original error, finds them there.
+    # A class below writes its fields with their defaults. They become attributes of
+    # each instance, not of the class: pickle, copy and Dask carry those over, and Ray's
+    # wrapper finds them in the original error.
+    def __init_subclass__(cls) -> None:
+        own = {n: vars(cls)[n] for n in cls.__annotations__ if n in vars(cls)}
+        for name in own:
+            delattr(cls, name)
+        cls._fields = {**cls._fields, **own}
+
     def __init__(self, text: str = "", **fields: Any) -> None:
         super().__init__(text)
-        for kind in reversed(type(self).__mro__):
-            for name, default in vars(kind).get("_fields", {}).items():
-                setattr(self, name, fields.pop(name, copy.copy(default)))
+        for name, default in self._fields.items():
+            setattr(self, name, fields.pop(name, copy.copy(default)))
         if fields:
             raise TypeError(f"{type(self).__name__} has no field {min(fields)!r}")
 
@@ -160,12 +158,10 @@ class MissingAPIKeyError(ChatStreamError):
     """The provider wants a key and there is none. Raised by stream() itself.
 
     env_key: str, the environment variable that was looked at.
-    instructions: str, where to get a key; "" if the provider has none.
-    """
+    instructions: str, where to get a key; "" if the provider has none."""
 
-    env_key: str
-    instructions: str
-    _fields = {"env_key": "", "instructions": ""}
+    env_key: str = ""
+    instructions: str = ""
 
 
 class StatusError(ChatStreamError):
@@ -177,50 +173,40 @@ class StatusError(ChatStreamError):
         "" if there is none.
     code: the error code as the server sent it (str, int, None ...); never converted.
     retry_after: float, the seconds that the server asked to wait; None if it did not.
-    headers: dict, the reply's headers, names in lower case, without set-cookie.
-    """
+    headers: dict, the reply's headers, names in lower case, without set-cookie."""
 
-    status: int
-    body: str
-    message: str
-    code: Any
-    retry_after: Optional[float]
-    headers: dict[str, str]
-    _fields = {"status": 0, "body": "", "message": "", "code": None}
-    _fields.update(retry_after=None, headers={})
+    status: int = 0
+    body: str = ""
+    message: str = ""
+    code: Any = None
+    retry_after: Optional[float] = None
+    headers: dict[str, str] = {}
 
 
 class RetryLimitError(StatusError):
     """A retryable status, and the retries are spent or too long a wait was asked for.
 
-    attempts: int, the requests made.
-    """
+    attempts: int, the requests made."""
 
-    attempts: int
-    _fields = {"attempts": 0}
+    attempts: int = 0
 
 
 class TransportError(ChatStreamError):
-    """No answer began: no connection, TLS failure, reset, or cut before the first
-    event.
+    """No answer began: no connection, TLS failure, reset, or cut before any event.
 
     The cause is chained (`__cause__`), with its type and text and without its frames.
 
-    attempts: int, the requests made.
-    """
+    attempts: int, the requests made."""
 
-    attempts: int
-    _fields = {"attempts": 0}
+    attempts: int = 0
 
 
 class DeadlineError(ChatStreamError, TimeoutError):
     """The call as a whole took longer than `deadline`. Never retried.
 
-    seconds: float, the deadline.
-    """
+    seconds: float, the deadline."""
 
-    seconds: float
-    _fields = {"seconds": 0.0}
+    seconds: float = 0.0
 
 
 class CancelledError(ChatStreamError):
@@ -228,35 +214,27 @@ class CancelledError(ChatStreamError):
 
 
 class StreamError(ChatStreamError):
-    """A 2xx answer went wrong: it is no chat completion, or too large, or one of those
-    below."""
+    """A 2xx answer went wrong: no chat completion, or too large, or one of these."""
 
 
 class IdleTimeoutError(StreamError, TimeoutError):
     """Silence for `idle_timeout`, or no chunk for `event_timeout`. Never retried.
 
-    seconds: float, the bound that struck; the text says which one.
-    """
+    seconds: float, the bound that struck; the text says which one."""
 
-    seconds: float
-    _fields = {"seconds": 0.0}
+    seconds: float = 0.0
 
 
 class TruncatedStreamError(StreamError):
-    """Cut after something was yielded.
-
-    With strict=True also: ended without a finish_reason.
-    """
+    """Cut after something was yielded; with strict=True: no finish_reason came."""
 
 
 class MalformedChunkError(StreamError):
     """With strict=True: data that is not a JSON object.
 
-    data: str, the text of it.
-    """
+    data: str, the text of it."""
 
-    data: str
-    _fields = {"data": ""}
+    data: str = ""
 
 
 class ServerError(StreamError):
@@ -264,19 +242,17 @@ class ServerError(StreamError):
 
     code, type: as the server sent them; None if it did not.
     message: str, the sentence that is meant for people, at most 2,000 characters.
-    raw: the error's parsed JSON, or its text where it is not JSON.
-    """
+    raw: the error's parsed JSON, or its text where it is not JSON."""
 
-    code: Any
-    type: Any
-    message: str
-    raw: Any
-    _fields = {"code": None, "type": None, "message": "", "raw": None}
+    code: Any = None
+    type: Any = None
+    message: str = ""
+    raw: Any = None
 
 
-# ----------------------------------------------
+# ---
 # Events, values, providers
-# ----------------------------------------------
+# ---
 
 
 @dataclass
@@ -284,8 +260,7 @@ class TextDelta:
     """A piece of the answer.
 
     text: str, never empty, always valid Unicode.
-    choice: int, the choice it belongs to; 0 unless several were asked for (`n=`).
-    """
+    choice: int, the choice it belongs to; 0 unless several were asked for (`n=`)."""
 
     text: str
     choice: int = 0
@@ -298,8 +273,7 @@ class ReasoningDelta:
     text: str; "" when the server sent only opaque members, such as signatures.
     choice: int.
     extra: dict, the delta's reasoning members as the server named and sent them
-        (`reasoning_content`, `reasoning_details` ...); None if it has none.
-    """
+        (`reasoning_content`, `reasoning_details` ...); None if it has none."""
 
     text: str
     choice: int = 0
@@ -311,8 +285,7 @@ class RefusalDelta:
     """A piece of a refusal.
 
     text: str, never empty.
-    choice: int.
-    """
+    choice: int."""
 
     text: str
     choice: int = 0
@@ -328,8 +301,7 @@ class ToolCallDelta:
     arguments: str, this delta's fragment of the JSON text; may be "".
     extra: dict, members of the call that are not OpenAI's; None if there are none.
     choice: int.
-    type: str, "function"; "custom" for one of OpenAI's custom tools, whose `arguments`
-        are free text.
+    type: str, "function"; "custom": OpenAI's custom tools, `arguments` are free text.
     """
 
     index: int
@@ -345,8 +317,7 @@ class ToolCallDelta:
 class Chunk:
     """With raw=True: one JSON object as sent, before the events made from it.
 
-    data: dict, the parsed JSON.
-    """
+    data: dict, the parsed JSON."""
 
     data: dict[str, Any]
 
@@ -357,13 +328,11 @@ class ToolCall:
 
     id: str, unique in its message, made up where the server sent none.
     name: str, the function or custom tool.
-    arguments: str, the JSON text as the model wrote it: it may be invalid, or "". Where
-        the server sent it more than once it stands here once. Of a custom tool: its
-        free text.
+    arguments: str, the JSON text as the model wrote it: it may be invalid, or "". What
+        the server sent more than once stands here once. Of a custom tool: free text.
     extra: dict, members that are not OpenAI's; they go back with to_dict(), because
         Gemini refuses the next turn without its thought signature.
-    type: str, "function" or "custom".
-    """
+    type: str, "function" or "custom"."""
 
     id: str
     name: str
@@ -373,29 +342,24 @@ class ToolCall:
 
     def to_dict(self) -> dict[str, Any]:
         """The call as it stands in a request's `tool_calls`."""
-        if self.type == "custom":
-            inner = {"name": self.name, "input": self.arguments}
-        else:
-            inner = {"name": self.name, "arguments": self.arguments}
+        given = "input" if self.type == "custom" else "arguments"
+        inner = {"name": self.name, given: self.arguments}
         return {**self.extra, "id": self.id, "type": self.type, self.type: inner}
 
 
 @dataclass
 class Message:
-    """A whole message, from aggregate() or complete(). Append it to the history as it
-    is.
+    """A whole message, from aggregate() or complete(), to be appended to the history.
 
     role: str.
     content, reasoning, refusal: str; "" if there was none.
     tool_calls: tuple of ToolCall.
     finish_reason: str, as sent; None if the answer ended without one.
     choice: int.
-    extra: dict, the reasoning members under the server's own names, text joined and
-        lists concatenated.
-    completed: Completed, the end of the answer with its usage and headers, on the
-        Message that complete() returns; None on every other. Neither in the repr nor
-        compared.
-    """
+    extra: dict, the reasoning members under the server's own names, texts and lists
+        joined.
+    completed: Completed, the end of the answer with its usage and headers, on what
+        complete() returns; None on every other. Not in the repr, and not compared."""
 
     role: str = "assistant"
     content: str = ""
@@ -426,9 +390,8 @@ class Message:
 class Usage:
     """Tokens of a request, as the server counted them; 0 where it said nothing.
 
-    Of most servers cached_tokens are part of prompt_tokens, and reasoning_tokens of
-    completion_tokens. xAI counts reasoning beside completion_tokens, and some gateways
-    count cached tokens beside prompt_tokens.
+    Mostly cached_tokens are part of prompt_tokens, and reasoning_tokens of
+    completion_tokens; xAI counts reasoning, and some gateways cached tokens, beside.
 
     extra: dict, what else the server said, under its own names (OpenRouter's `cost`).
     """
@@ -454,9 +417,8 @@ class Completed:
     skipped: int, pieces of data that were not JSON objects.
     request_id: str, from the reply's headers; "" if none.
     headers: dict, the reply's headers, names in lower case, without set-cookie (such as
-        `x-ratelimit-remaining-requests`); empty from decode(). Neither in the repr nor
-        compared: two answers that say the same are equal.
-    """
+        `x-ratelimit-remaining-requests`); empty from decode(). Not in the repr, and not
+        compared: two answers that say the same are equal."""
 
     response_id: str = ""
     model: str = ""
@@ -468,6 +430,7 @@ class Completed:
     headers: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
+_DELTAS = (TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta)
 _Delta = Union[TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta]
 
 #: What stream() and aggregate() yield.
@@ -496,14 +459,14 @@ class Provider:
 # fmt: off
 #: The built-in providers by name, checked against their documentation in 2026-11.
 PROVIDERS: dict[str, Provider] = {
-    name: Provider(name, base_url, env_key, keys and f"Get a key at {keys}")
+    name: Provider(name, base_url, env_key, keys and f"Get a key at https://{keys}")
     for name, base_url, env_key, keys in [
-        ("openai", "https://api.openai.com/v1", "OPENAI_API_KEY", "https://platform.openai.com/api-keys"),
-        ("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "https://openrouter.ai/settings/keys"),
-        ("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", "https://console.groq.com/keys"),
-        ("mistral", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "https://console.mistral.ai/api-keys"),
-        ("deepseek", "https://api.deepseek.com", "DEEPSEEK_API_KEY", "https://platform.deepseek.com/api_keys"),
-        ("gemini", "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY", "https://aistudio.google.com/apikey"),
+        ("openai", "https://api.openai.com/v1", "OPENAI_API_KEY", "platform.openai.com/api-keys"),
+        ("openrouter", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "openrouter.ai/settings/keys"),
+        ("groq", "https://api.groq.com/openai/v1", "GROQ_API_KEY", "console.groq.com/keys"),
+        ("mistral", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "console.mistral.ai/api-keys"),
+        ("deepseek", "https://api.deepseek.com", "DEEPSEEK_API_KEY", "platform.deepseek.com/api_keys"),
+        ("gemini", "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY", "aistudio.google.com/apikey"),
         # 127.0.0.1, because Windows takes two seconds for `localhost`
         ("ollama", "http://127.0.0.1:11434/v1", None, None),
         ("lmstudio", "http://127.0.0.1:1234/v1", None, None),
@@ -514,14 +477,13 @@ PROVIDERS: dict[str, Provider] = {
 # fmt: on
 
 
-# ----------------------------------------------
+# ---
 # Public functions
-# ----------------------------------------------
+# ---
 
 
 #: The clocks of the calls whose generators somebody still holds, for cancel().
-_clocks: weakref.WeakKeyDictionary[Generator[Event, None, None], _Clock]
-_clocks = weakref.WeakKeyDictionary()
+_clocks: weakref.WeakKeyDictionary[_Events, _Clock] = weakref.WeakKeyDictionary()
 
 
 def stream(
@@ -553,53 +515,46 @@ def stream(
         Message (its to_dict() is sent).
     model: str.
     instructions: str, sent as a leading system message; None: none.
-    provider: a name in PROVIDERS, or a Provider. None: openai. For openai the
-        environment variable OPENAI_BASE_URL, where it is set, replaces the URL and
-        makes the key optional.
-    base_url: str, another URL for `provider`; alone: some server that needs no key. It
-        is all that comes before `/chat/completions`, usually ending in `/v1`, and may
-        carry a query string (Azure's `?api-version=`). None: the provider's.
-    api_key: str, sent as a bearer token. None or "": the provider's environment
-        variable.
+    provider: a name in PROVIDERS, or a Provider. None: openai, whose URL the variable
+        OPENAI_BASE_URL replaces, where it is set, and makes the key optional.
+    base_url: str, another URL for `provider`; alone: some server that needs no key. All
+        that comes before `/chat/completions`, usually ending in `/v1`, and perhaps a
+        query string (Azure's `?api-version=`). None: the provider's.
+    api_key: str, sent as a bearer token. None or "": the provider's variable.
     headers: mapping of str to str, on top of ours and of the provider's; replaces a
         header of the same name, whatever the case. None: none.
     extra_body: mapping, members of the request's body whose names stream() itself uses.
         None: none.
     connect_timeout: float, seconds for each of TCP (each address of a name), TLS and
-        proxy, and for each block of the request that the server does not take; None: no
-        bound. Not for the answer.
+        proxy, and for each block of the request to be taken; None: no bound.
     idle_timeout: float, seconds of silence on the socket, before the headers and
         between any two reads; None: no bound. Then IdleTimeoutError.
     event_timeout: float, seconds since the headers or the last chunk with a choice or
-        usage in it, in which other bytes may come (keep-alive comments); None: no
-        bound. The caller's own time between two next() does not count. Then
-        IdleTimeoutError.
+        usage in it, in which other bytes may come (keep-alive comments), without the
+        caller's own time between two next(); None: no bound. Then IdleTimeoutError.
     deadline: float, seconds for the whole call from the first next(): all tries, waits
-        and the caller's own time; None: no bound. Then DeadlineError. Name lookups
-        (DNS) are outside Python's reach.
-    max_retries: int, tries after the first one: on a connection failure (but not on a
-        bad certificate or other things that another try cannot heal), on 408, 429 and
-        5xx, when the connection breaks before anything was yielded, and when the first
-        word of the answer is an error of such a kind. `x-should-retry` true or false
-        overrides the status; insufficient_quota is never retried. The wait is what
-        `retry-after-ms`, `Retry-After` (RFC 9110, 10.2.3) or Gemini's `retryDelay` says
-        and up to a tenth more (over 120 s: no more tries), else 0.2 s x 2^n x (0.9 to
-        1.1), at most 30 s.
-    strict: bool, True makes an error of what is otherwise logged as a warning: data
-        that is not a JSON object, an end without finish_reason, a cut or silence after
-        the answer was finished.
+        and the caller's own time; None: no bound. Then DeadlineError, or the error of a
+        try after which no time for another is left. DNS is outside Python's reach.
+    max_retries: int, tries after the first: on a connection failure (but not on a bad
+        certificate or such, which another cannot heal), on 408, 429 and 5xx, when the
+        connection breaks before anything was yielded, and when the answer's first word
+        is such an error. `x-should-retry` true or false overrides the status;
+        insufficient_quota is never retried. The wait is what `retry-after-ms`,
+        `Retry-After` (RFC 9110, 10.2.3) or Gemini's `retryDelay` says and up to a tenth
+        more (over 120 s: no more tries), else 0.2 s x 2^n x (0.9 to 1.1), at most 30 s.
+    strict: bool, True makes an error of what is otherwise a warning: data that is no
+        JSON object, an end without finish_reason, a cut or silence behind the end.
     raw: bool, True also yields each parsed JSON object, as Chunk.
     pool: a urllib3 PoolManager (or ProxyManager, or SOCKS manager) of the caller's, for
-        private CAs, client certificates and proxies; its own headers stay, ours come on
-        top. None: connections of our own, and the proxy variables of the environment
-        (never for loopback) and SSL_CERT_FILE are honoured.
+        private CAs, client certificates and proxies; our headers come on top of its.
+        None: connections of our own, and the proxy variables of the environment (never
+        for loopback) and SSL_CERT_FILE are honoured.
     params: the other members of the request's body, sent as they are (`temperature=`,
-        `tools=`, `stream_options=` ...), but for those that are None. `n` is among
-        them: unless it asks for several choices, all that comes belongs to choice 0.
+        `tools=` ...), but for those that are None. Unless `n` is among them and asks
+        for several choices, all that comes belongs to choice 0.
 
     Raises ValueError, TypeError and MissingAPIKeyError at the call, and the other
-    ChatStreamErrors out of the loop.
-    """
+    ChatStreamErrors out of the loop."""
     arguments = dict(locals())
     del api_key, headers  # a traceback that is shown with its locals shows no key
     return _start(arguments, whole=False)
@@ -631,19 +586,14 @@ def complete(
     again, within max_retries, because nobody has seen any of it.
 
     Returns the Message of choice 0, an empty one if it said nothing; its `completed` is
-    the Completed. Raises what stream() raises, out of this call, with what had arrived
-    as .partial, and TypeError for `n` over 1.
-    """
+    the Completed. Raises what stream() raises, with what had arrived as .partial, and
+    TypeError for `n` over 1."""
     arguments = dict(locals())
     del api_key, headers
-    message = Message()
-    for event in _start(arguments, whole=True):
-        if isinstance(event, Message):
-            message = event
-        elif isinstance(event, Completed):
-            message.finish_reason = event.finish_reason
-            message.completed = event
-    return message
+    events: list[Any] = [*_start(arguments, whole=True)]
+    message: Message = [Message(), *events][-2]
+    done = events[-1]
+    return replace(message, finish_reason=done.finish_reason, completed=done)
 
 
 def aggregate(
@@ -653,15 +603,13 @@ def aggregate(
 
     Silent while deltas arrive; at each Completed one Message per choice that has text,
     reasoning, refusal or tool calls, in ascending order of choice, then the Completed
-    itself; then it starts afresh. Events that end without a Completed give their
-    messages all the same.
+    itself; then it starts afresh. Without a Completed the messages come at the end.
 
     events: any iterable of events; closed when this generator is closed in the middle.
-    deltas: bool, True also passes on all other events as they come; default False.
+    deltas: bool, True also passes on all other events as they come.
 
-    Raises TypeError, out of the loop, for what is no event of this module, and what
-    `events` raises; a ChatStreamError gets the messages so far as .partial.
-    """
+    Raises TypeError, out of the loop, for what is no event of ours, and what `events`
+    raises; a ChatStreamError gets the messages so far as .partial."""
     messages = _aggregate(iter(events), deltas)
     if isinstance(events, types.GeneratorType) and events in _clocks:
         _clocks[messages] = _clocks[events]
@@ -674,41 +622,37 @@ def decode(
     """Read the body of a 2xx answer that came from anywhere: bytes -> events.
 
     blocks: any iterable of bytes, cut anywhere: a list, a file opened "rb", the
-        iter_content() of requests, a recorded body. Its end is a clean end of the
-        answer.
+        iter_content() of requests. Its end is a clean end of the answer.
     strict, raw: bool, as in stream().
 
-    Yields what stream() would; the choices keep the indexes that the server wrote,
-    because nobody knows what was asked for. Raises TypeError for what is no iterable of
-    bytes, the StreamErrors of stream(), and what `blocks` raises, as it is.
-    """
+    Yields what stream() would; the choices keep the server's indexes, because nobody
+    knows what was asked for. Raises TypeError for what is no iterable of bytes, the
+    StreamErrors of stream(), and what `blocks` raises, as it is."""
     if isinstance(blocks, (str, bytes, bytearray)):
         raise TypeError("blocks: expected an iterable of bytes, got one alone")
     clock = _Clock()
     body = _unpack(_check_blocks(iter(blocks)), clock)
-    return _read_answer(_Answer(strict, raw), body, clock)
+    return _read_answer(_Answer(strict, raw, Completed()), body, clock)
 
 
 def cancel(events: Generator[Event, None, None]) -> None:
     """Stop, from any thread or signal handler, a call: its loop raises CancelledError.
 
-    events: the generator that stream() returned, or the one that aggregate() made of
-        it.
+    events: the generator that stream() returned, or what aggregate() made of it.
 
     Works before the first next(), between two events, in the wait before another try,
     and while another thread waits in next(). Only a connection that is being made, and
-    with `pool=` all up to the headers, goes on until that wait ends by itself or at its
-    bound. On a call that has ended, and on any other generator, it does nothing. Raises
-    TypeError for what is no generator.
-    """
+    with `pool=` all up to the headers, goes on until that wait ends. On a call that has
+    ended, and on any other generator, it does nothing. Raises TypeError for what is no
+    generator."""
     clock = _clocks.get(_expect("events", events, types.GeneratorType))
     if clock is not None:
         clock.cancel()
 
 
-# ----------------------------------------------
+# ---
 # Arguments -> request
-# ----------------------------------------------
+# ---
 
 
 class _Request(types.SimpleNamespace):
@@ -722,7 +666,7 @@ def _start(arguments: dict[str, Any], *, whole: bool) -> _Events:
     try:
         request = _prepare(_Request(**arguments, whole=whole))
     except Exception as error:
-        raise _without_frames(error) from None
+        raise error.with_traceback(None) from None
     finally:
         arguments.clear()
     clock = _Clock(request)
@@ -732,9 +676,9 @@ def _start(arguments: dict[str, Any], *, whole: bool) -> _Events:
 
 
 def _prepare(given: _Request) -> _Request:
-    provider, url_source = _choose_provider(given.provider, given.base_url)
-    url = _parse_url(url_source, provider.base_url)
-    key = _choose_key(provider, given.api_key)
+    provider, source = _choose_provider(given.provider, given.base_url)
+    url = _parse_url(source, provider.base_url)
+    key = _choose_key(provider, given.api_key, source == "OPENAI_BASE_URL")
     ours = {
         "Accept": "text/event-stream",
         "Content-Type": "application/json",
@@ -752,20 +696,18 @@ def _prepare(given: _Request) -> _Request:
         raise ValueError(f"max_retries: expected 0 or more, got {given.max_retries}")
     for name in ("connect_timeout", "idle_timeout", "event_timeout", "deadline"):
         value = _expect(name, getattr(given, name), int, float, None)
-        # At most what socket.settimeout() takes: milliseconds in a C int.
-        if value is not None and not 0 < value <= 2_147_483:
-            wanted = "more than 0, at most 2147483 seconds"
-            raise ValueError(f"{name}: expected {wanted}, or None; got {value!r:.99}")
+        most = 2_147_483  # what socket.settimeout() takes: milliseconds in a C int
+        if value is not None and not 0 < value <= most:
+            wanted = f"more than 0, at most {most} seconds, or None"
+            raise ValueError(f"{name}: expected {wanted}; got {value!r:.99}")
     body = _build_body(given)
     choices = body["n"] if type(body.get("n")) is int else 1
     if given.whole and choices > 1:
-        raise TypeError("n: complete() gives one Message; use aggregate(stream(...))")
-    return _Request(
-        **{**vars(given), "url": url, "headers": headers, "choices": max(choices, 1)},
-        content=_encode(body),
-        key_source=provider.env_key or "",
-        secrets=_Secrets(key, url.target, headers, pool),
-    )
+        raise TypeError("n: complete() gives one; use aggregate(stream(...))")
+    secrets = _Secrets(key, url.target, headers, pool)
+    vars(given).update(url=url, headers=headers, secrets=secrets, content=_encode(body))
+    vars(given).update(choices=max(choices, 1), env_key=provider.env_key)
+    return given
 
 
 def _expect(name: str, value: Any, *kinds: Any) -> Any:
@@ -792,18 +734,16 @@ def _choose_provider(given: Any, base_url: Any) -> tuple[Provider, str]:
     if base_url is not None:
         return replace(found, base_url=base_url), "base_url"
     elsewhere = os.environ.get("OPENAI_BASE_URL", "").strip()
-    if not elsewhere or found is not PROVIDERS.get("openai"):
-        return found, "base_url"
-    has_key = os.environ.get(found.env_key or "", "").strip()
-    env_key = found.env_key if has_key else None
-    return replace(found, base_url=elsewhere, env_key=env_key), "OPENAI_BASE_URL"
+    if elsewhere and found is PROVIDERS.get("openai"):
+        return replace(found, base_url=elsewhere), "OPENAI_BASE_URL"
+    return found, "base_url"
 
 
-def _choose_key(provider: Provider, api_key: Any) -> str:
+def _choose_key(provider: Provider, api_key: Any, is_optional: bool) -> str:
     source, key = "api_key", _expect("api_key", api_key, str, None) or ""
     if not key and provider.env_key:
         source, key = provider.env_key, os.environ.get(provider.env_key, "").strip()
-        if not key:
+        if not (key or is_optional):
             how = provider.env_key_instructions or ""
             text = f"no API key: set the variable {source} or pass api_key=. {how}"
             raise MissingAPIKeyError(text.rstrip(), env_key=source, instructions=how)
@@ -818,8 +758,6 @@ def _check_headers(what: str, headers: Any) -> None:
     for name, value in (_expect(what, headers, Mapping, None) or {}).items():
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", _expect(what, name, str), re.A):
             raise ValueError(f"{what}: expected names of headers, got another")
-        if name.lower() in ("content-length", "transfer-encoding"):
-            raise ValueError(f"{what}: {name} follows from the body, do not set it")
         _check_value(f"{what}[{name!r}]", value)
 
 
@@ -830,11 +768,8 @@ def _check_value(what: str, value: Any) -> None:
 
 def _merge_headers(*layers: Mapping[str, str]) -> dict[str, str]:
     """Later ones replace earlier ones, whatever the case (RFC 9110, 5.1)."""
-    spelling = {"host": "Host"}
-    merged: dict[str, str] = {}
-    for name, value in (item for layer in layers for item in layer.items()):
-        merged[spelling.setdefault(name.lower(), name)] = value
-    return merged
+    items = [item for layer in layers for item in layer.items()]
+    return dict({name.lower(): (name, value) for name, value in items}.values())
 
 
 _PORTS = {"http": 80, "https": 443}
@@ -855,10 +790,6 @@ class _URL:
         self.shown = self.origin + target.partition("?")[0]
 
 
-#: A host name: labels of RFC 1123, 2.1, and the _ of Docker's names.
-_HOST = r"(?=.{1,253}\.?\Z)(?:(?!-)[\w-]{1,63}\.)*(?!-)[\w-]{1,63}\.?"
-
-
 @lru_cache(maxsize=16)
 def _parse_url(source: str, base_url: str) -> _URL:
     """Check a base URL, and add the path of the endpoint. source: its name."""
@@ -868,9 +799,9 @@ def _parse_url(source: str, base_url: str) -> _URL:
     try:
         url = urlsplit(base_url)
         host, port = url.hostname or "", url.port
+        host.encode("idna")  # its labels have 1 to 63 characters
     except ValueError:
         url, host, port = urlsplit(""), "", None
-    is_address = ":" in host and _parse_address(host.partition("%")[0]) is not None
     path = url.path.rstrip("/")
     for is_wrong, wanted in (
         ("@" in base_url.partition("?")[0], "no user:password@ (use api_key=)"),
@@ -878,9 +809,7 @@ def _parse_url(source: str, base_url: str) -> _URL:
         (not host.isascii(), "the host in its xn-- form"),
         (url.scheme not in _PORTS or not host or port == 0, "nothing else"),
         # Some clients take a backslash for a slash.
-        (re.search(r"[\x00-\x20\\\x7f]", base_url), "no blank, no backslash"),
-        (re.search("[#\ud800-\udfff]", base_url), "no #fragment, valid Unicode"),
-        (not is_address and not re.fullmatch(_HOST, host, re.A), "a valid host name"),
+        (re.search("[\0- \\\\\x7f#\ud800-\udfff]", base_url), "no blank, no \\, no #"),
         (path.endswith("/chat/completions"), "only what is before /chat/completions"),
     ):
         if is_wrong:
@@ -904,8 +833,7 @@ _THEIR_NAMES = {
     "extra_query default_query api_version": "the query of base_url=",
     "proxy proxies verify cert http_client session ssl_context": "pool=",
     "retries num_retries": "max_retries=",
-    "timeout request_timeout total_timeout": "connect_timeout=, idle_timeout=, "
-    "event_timeout= and deadline=",
+    "timeout request_timeout total_timeout": "connect_timeout=, idle_timeout=, deadline=",
 }
 
 
@@ -919,17 +847,15 @@ def _build_body(given: _Request) -> dict[str, Any]:
     for theirs, ours in _THEIR_NAMES.items():
         for name in given.params.keys() & set(theirs.split()):
             raise TypeError(f"{name}: expected {ours}, or extra_body= for the member")
-    messages, wanted = given.messages, "a str, or a list of mappings and Messages"
+    messages = _expect("messages", given.messages, str, Iterable)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}] if messages else []
-    if isinstance(messages, (bytes, Mapping)) or not hasattr(messages, "__iter__"):
-        raise TypeError(f"messages: expected {wanted}, got {type(messages).__name__}")
     history: list[Any] = []
     for item in messages:
         _expect(f"messages[{len(history)}]", item, Mapping, Message)
         history.append(item.to_dict() if isinstance(item, Message) else dict(item))
     if not history:
-        raise ValueError(f"messages: empty; expected {wanted}")
+        raise ValueError("messages: empty; expected at least one")
     if given.instructions:
         history.insert(0, {"role": "system", "content": given.instructions})
     params = {name: value for name, value in given.params.items() if value is not None}
@@ -939,21 +865,19 @@ def _build_body(given: _Request) -> dict[str, Any]:
 
 def _encode(body: dict[str, Any]) -> bytes:
     """Strict servers refuse half a surrogate pair: it goes out as U+FFFD."""
+    options: Any = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
     try:
-        options: Any = {"allow_nan": False, "separators": (",", ":")}
-        text = json.dumps(body, ensure_ascii=False, **options)
-    except (TypeError, ValueError, RecursionError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"the request's body: expected JSON: {error}") from None
-    return _valid_unicode(text).encode()
+        return _valid_unicode(json.dumps(body, **options)).encode()
+    except RecursionError:
+        raise ValueError("the body: expected JSON that is less deep") from None
 
 
-# ----------------------------------------------
+# ---
 # Secrets, and texts that are shown
-# ----------------------------------------------
+# ---
 
-#: Words in the names of headers whose values are secret.
-_SECRET_NAMES = ("auth", "key", "token", "secret", "cookie")
+#: In the names of headers whose values are secret.
+_SECRET = re.compile("auth|key|token|secret|cookie", re.IGNORECASE)
 
 
 class _Secrets:
@@ -961,21 +885,21 @@ class _Secrets:
     are hidden first and cut later: no half of a secret stands at a cut."""
 
     def __init__(self, key: str, target: str, headers: Any, pool: Any) -> None:
-        self.are_sent = False
-        self._values = {key, *re.findall("=([^&]*)", target.partition("?")[2])}
         more = [getattr(pool, name, None) for name in ("headers", "proxy_headers")]
-        for layer in (headers, *more):
-            for name, value in (layer or {}).items():
-                if any(word in name.lower() for word in _SECRET_NAMES):
-                    self.are_sent = True
-                    self.add(value, value.rpartition(" ")[2])
+        items = [item for layer in (headers, *more) for item in (layer or {}).items()]
+        found = [value for name, value in items if _SECRET.search(name)]
+        self.are_sent = bool(found)
+        self._values = {key, *found, *(value.rpartition(" ")[2] for value in found)}
+        self.add(*re.findall("=([^&]*)", target.partition("?")[2]))
 
     def add(self, *values: str) -> None:
         self._values.update(values)
 
-    def hide(self, text: str) -> str:
+    def hide(self, text: Any) -> Any:
         from urllib.parse import unquote
 
+        if not isinstance(text, str):
+            return text
         forms = {*self._values, *map(unquote, self._values)}
         forms |= {json.dumps(form)[1:-1] for form in forms}
         forms |= {form.replace("/", "\\/") for form in forms}
@@ -986,24 +910,11 @@ class _Secrets:
 
     def clean(self, error: ChatStreamError) -> None:
         """No secret in an error and its causes, one line of text, no frames."""
-        vars(error).update(self._hide_in(vars(error)))
-        error.args = (_one_line(self.hide(str(error)), _MAX_TEXT),)
-        for cause in _chain(error)[1:]:
-            cause.args = self._hide_in(cause.args)
-            vars(cause).update(self._hide_in(vars(cause)))
-            _without_frames(cause)
-
-    def _hide_in(self, value: Any, depth: int = 0) -> Any:
-        if isinstance(value, str):
-            return self.hide(value)
-        if depth > 64:
-            return "..."
-        if isinstance(value, dict):
-            items = value.items()
-            return {self._hide_in(n): self._hide_in(v, depth + 1) for n, v in items}
-        if type(value) in (list, tuple):
-            return type(value)([self._hide_in(item, depth + 1) for item in value])
-        return value
+        for item in _chain(error):
+            item.args = tuple(map(self.hide, item.args))
+            vars(item).update({n: self.hide(v) for n, v in vars(item).items()})
+            item.__traceback__ = None  # the functions it came through hold the key
+        error.args = (_one_line(str(error), _MAX_TEXT),)
 
 
 def _chain(error: Optional[BaseException]) -> list[BaseException]:
@@ -1012,13 +923,6 @@ def _chain(error: Optional[BaseException]) -> list[BaseException]:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """Without what held the key: the functions that it came through."""
-    for item in _chain(error):
-        item.__traceback__ = None
-    return error
 
 
 #: Characters of a sentence, of a quotation, and of an error's text.
@@ -1048,31 +952,27 @@ def _dump(value: Any) -> str:
         return '"..."'
 
 
-# ----------------------------------------------
+# ---
 # The clock, and cancelling
-# ----------------------------------------------
+# ---
 
 
 def _is_timeout(error: BaseException) -> bool:
-    """Not ETIMEDOUT, which has an errno: that is a connection that failed. (The two
-    classes are one since Python 3.10.)"""
+    """Not ETIMEDOUT, which has an errno: that is a failed connection. (The two classes
+    are one since Python 3.10.)"""
     return isinstance(error, (socket.timeout, TimeoutError)) and error.errno is None
 
 
-class _TimeIsUp(Exception):
-    """A wait has taken as long as it may."""
-
-
 class _Clock:
-    """How long a call may wait: the owner of time, and of cancelling, which comes from
-    other threads and signal handlers. is_pressing: bool, check() may raise."""
+    """How long a call may wait. The owner of time and of cancelling, which comes from
+    other threads and signal handlers. is_pressing: check() may raise."""
 
     def __init__(self, request: Optional[_Request] = None) -> None:
         self.idle_timeout = getattr(request, "idle_timeout", None)
         self.event_timeout = getattr(request, "event_timeout", None)
         self._deadline: Any = getattr(request, "deadline", None)
         self._url = request.url.shown if request else ""
-        self._call_ends = self._event_ends = math.inf
+        self._call_ends = self._ends = math.inf  # _ends: of the call, or of the event
         self._phase = ""
         self._lock = threading.RLock()  # a signal handler may cancel() at any moment
         self._sleeping = threading.Lock()
@@ -1082,18 +982,18 @@ class _Clock:
         self.is_pressing = self._deadline is not None
 
     def start_try(self) -> None:
-        if self._deadline is not None and math.isinf(self._call_ends):
+        if self._deadline is not None and self._call_ends == math.inf:
             self._call_ends = time.monotonic() + self._deadline
-        self._event_ends = math.inf
+        self._ends = self._call_ends
         self._phase = " before the headers"
         self.check()
 
     def start_event(self, seconds: Optional[float] = None) -> None:
-        """The next chunk that says something may take event_timeout, or so many
-        seconds."""
+        """The next chunk that says something may take event_timeout, or so long."""
         self._phase = ""
         bound = self.event_timeout if seconds is None else seconds
-        self._event_ends = math.inf if bound is None else time.monotonic() + bound
+        ends = math.inf if bound is None else time.monotonic() + bound
+        self._ends = ends if ends < self._call_ends else self._call_ends
 
     def check_cancel(self) -> None:
         if self._cancelled:
@@ -1109,59 +1009,49 @@ class _Clock:
     def check_event(self) -> None:
         """The same, and IdleTimeoutError for the event's bound."""
         self.check()
-        if time.monotonic() >= self._event_ends:
-            what = "bytes came, but no chunk with anything in it"
-            raise self.silence("event_timeout", what)
+        if time.monotonic() >= self._ends:
+            raise self.silence("event_timeout", "no chunk with anything in it")
 
-    def silence(
-        self, bound: str = "idle_timeout", what: str = "the server sent nothing"
-    ) -> IdleTimeoutError:
+    def silence(self, bound: str = "idle_timeout", what: str = "nothing") -> Exception:
         seconds = float(getattr(self, bound) or 0)
-        text = f"idle timeout waiting for SSE: {self._url}: {what}"
+        text = f"idle timeout waiting for SSE: {self._url}: the server sent {what}"
         text += f" for {seconds:g} s{self._phase} ({bound})"
         return IdleTimeoutError(text, seconds=seconds)
 
     def bound(self, seconds: Optional[float]) -> Optional[float]:
         """-> the least of a wait's seconds, the event's and the call's; None: none."""
-        left = min(self._call_ends, self._event_ends) - time.monotonic()
+        left = self._ends - time.monotonic()
         if left <= 0 or self._cancelled:
             self.check_event()
         if seconds is not None and seconds < left:
             return seconds
-        return None if math.isinf(left) else max(left, 0.001)
+        return None if left == math.inf else max(left, 0.001)
 
-    def wait(self, sock: Any, seconds: Any, function: Any, *args: Any) -> Any:
-        """`function(*args)`, which waits on the socket. Raises _TimeIsUp after so many
-        seconds, or the error of another bound. A TimeoutError before is a signal
-        handler's."""
+    def wait(self, sock: Any, seconds: Any, late: Any, call: Any, *args: Any) -> Any:
+        """`call(*args)`, which waits on the socket. Raises late() after so many
+        seconds, or another bound's error. An earlier timeout is a signal handler's."""
         started = time.monotonic()
         bound = self.bound(seconds)
         if sock is not None and sock.gettimeout() != bound:  # to ask is no system call
             sock.settimeout(bound)
         try:
-            result = function(*args)
+            result = call(*args)
         except OSError as error:
             self.check_cancel()
             took = time.monotonic() - started
             if bound is not None and took >= bound - 0.01 and _is_timeout(error):
                 self.check_event()
-                raise _TimeIsUp from None
+                raise late() from None
             raise
-        self.check_cancel()
+        if self._cancelled:
+            self.check_cancel()
         return result
-
-    def read(self, sock: Any, function: Any, *args: Any) -> Any:
-        try:
-            return self.wait(sock, self.idle_timeout, function, *args)
-        except _TimeIsUp:
-            raise self.silence() from None
 
     def has_time_for(self, seconds: float) -> bool:
         return time.monotonic() + seconds < self._call_ends
 
     def sleep(self, seconds: float) -> None:
-        """A plain lock's wait: that of an Event is not re-entrant for a signal
-        handler."""
+        """On a plain lock: an Event's is not re-entrant for a signal handler."""
         self._sleeping.acquire(timeout=seconds)
 
     def watch(self, sock: Any) -> None:
@@ -1171,28 +1061,26 @@ class _Clock:
     def cancel(self) -> None:
         with self._lock:
             self._cancelled = self.is_pressing = True
-            with suppress(RuntimeError):  # it was released before
+            with suppress(RuntimeError):  # a second time
                 self._sleeping.release()
             # SSLSocket's own would take the TLS object away under the reader.
             with suppress(OSError, TypeError):
                 socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
 
-# ----------------------------------------------
+# ---
 # Tries and waits
-# ----------------------------------------------
+# ---
 
 #: Seconds: the first and the longest wait between two tries; what a server may ask for.
 _FIRST_BACKOFF, _LONGEST_BACKOFF, _LONGEST_RETRY_AFTER = 0.2, 30.0, 120.0
 
 
 class _Retryable(ChatStreamError):
-    """A try ended in `error`; another one may help, after `wait` seconds or the
-    backoff."""
+    """A try ended in `error`; another may help, after `wait` seconds or the backoff."""
 
-    error: Any
-    wait: Optional[float]
-    _fields = {"error": None, "wait": None}
+    error: Any = None
+    wait: Optional[float] = None
 
 
 def _run(request: _Request, clock: _Clock) -> _Events:
@@ -1229,14 +1117,14 @@ def _run(request: _Request, clock: _Clock) -> _Events:
         clock.sleep(delay)
 
 
-#: The headers that name a request, the most telling first.
+#: The most telling first.
 _REQUEST_IDS = ["x-request-id", "apim-request-id", "x-ms-request-id"]
 _REQUEST_IDS += ["x-generation-id", "x-litellm-call-id", "cf-ray"]
 
 
 def _attempt(request: _Request, clock: _Clock) -> _Events:
     clock.start_try()
-    if _log.isEnabledFor(logging.DEBUG):  # not the whole of an image
+    if _log.isEnabledFor(logging.DEBUG):
         shown = request.secrets.hide(request.content.decode())[:2000]
         _log.debug("POST %s %s", request.url.shown, shown)
     started = time.monotonic()
@@ -1269,9 +1157,9 @@ _GRACE_SECONDS = 0.05
 
 
 def _read_reply(request: _Request, reply: _Reply, clock: _Clock, name: str) -> _Events:
-    known: Any = {"headers": dict(reply.headers), "request_id": name}
-    answer = _Answer(request.strict, request.raw, request.choices, **known)
-    answer.hide = request.secrets.hide
+    known = Completed(request_id=name, headers=dict(reply.headers))
+    hide, asked = request.secrets.hide, request.choices
+    answer = _Answer(request.strict, request.raw, known, asked, hide)
     body = _unpack(_receive(reply), clock)
     try:
         yield from _read_answer(answer, body, clock)
@@ -1287,7 +1175,7 @@ def _read_reply(request: _Request, reply: _Reply, clock: _Clock, name: str) -> _
             raise
         wait = _retry_after(reply.headers, text)
         raise _Retryable(error=fault, wait=wait) from None
-    finally:  # also for a caller who leaves at Completed, as next(aggregate(...)) does
+    finally:  # also where the caller leaves at Completed
         if answer.done:
             clock.start_event(_GRACE_SECONDS)
             with suppress(ChatStreamError, _Cut):
@@ -1299,7 +1187,7 @@ def _read_reply(request: _Request, reply: _Reply, clock: _Clock, name: str) -> _
 _PASSING = {*map(str, (408, 429, *range(500, 600))), "server_error", "overloaded_error"}
 _PASSING |= {"rate_limit_error", "rate_limit_exceeded"}
 
-#: A used-up quota, which none heals; gateways put it anywhere into their own error.
+#: What none heals, anywhere in an error.
 _SPENT = "insufficient_quota"
 
 
@@ -1309,31 +1197,29 @@ def _may_retry(headers: Mapping[str, str], may_heal: bool) -> bool:
 
 
 def _retry_after(headers: Mapping[str, str], text: str) -> Optional[float]:
-    """The seconds that a server asks to wait: in its headers, as a number or an
-    HTTP-date (RFC 9110, 5.6.7), or as Gemini's retryDelay anywhere in its error. None:
-    none."""
+    """-> the seconds that a server asks to wait: in its headers, as a number or as an
+    HTTP-date (RFC 9110, 5.6.7), or as Gemini's retryDelay anywhere in its error."""
     import calendar
     from email.utils import parsedate
 
     found = re.search(r'"retryDelay\\*"\s*:\s*\\*"([0-9.]+)s\\*"', text)
-    after = headers.get("retry-after", "")
-    milliseconds = headers.get("retry-after-ms", "")
     delay = found[1] if found else ""
-    for value, unit in ((milliseconds, 0.001), (after, 1.0), (delay, 1.0)):
+    milliseconds, seconds = [headers.get(f"retry-after{n}", "") for n in ("-ms", "")]
+    for value, unit in ((milliseconds, 0.001), (seconds, 1), (delay, 1)):
         # What nonsense raises in parsedate(), the last one on 3.9
         with suppress(TypeError, ValueError, OverflowError, IndexError):
             if value[:1].isalpha():
-                seconds = calendar.timegm(parsedate(value) or ()) - time.time()
+                wait = calendar.timegm(parsedate(value) or ()) - time.time()
             else:
-                seconds = float(value.split(",")[0]) * unit
-            if 0 < seconds < math.inf:
-                return seconds
+                wait = float(value.split(",")[0]) * unit
+            if 0 < wait < math.inf:
+                return wait
     return None
 
 
-# ----------------------------------------------
+# ---
 # The body: framing, compression, and the loop over it
-# ----------------------------------------------
+# ---
 
 # http.client would undo the framing, too. But it takes a body shorter than its
 # Content-Length for a clean end, and hands over one chunk a call: to join all that one
@@ -1372,51 +1258,41 @@ def _read_answer(answer: _Answer, body: Iterable[bytes], clock: _Clock) -> _Even
 
 
 def _receive(reply: _Reply) -> Iterator[bytes]:
-    """The body without its framing (RFC 9112, 6 and 7). Raises _Cut unless it ends
-    properly."""
-    blocks = iter(reply.read, b"")
+    """The body without its framing. Raises _Cut unless it ends properly."""
     try:
-        length = _choose_framing(reply) if reply.has_file else _TO_THE_END
-        if length == _CHUNKED:
-            reply.end_body((yield from _dechunk(blocks)))
-        elif length == _TO_THE_END:
-            yield (first := next(blocks, b""))
-            if not first and reply.has_file:
-                raise _cut("inside its headers, which name no length")
-            yield from blocks
-        else:
-            left = length
-            while left > 0:
-                block = next(blocks, b"")
-                if not block:
-                    raise _cut(f"{left} bytes short of its Content-Length")
-                yield block[:left]
-                left -= len(block)
-            reply.end_body(left < 0)
+        yield from _unframe(reply)
     except (StreamError, DeadlineError) as error:
         raise _Cut(error) from None
 
 
-#: What _choose_framing() says besides a length.
-_CHUNKED, _TO_THE_END = -1, -2
-
-
-def _choose_framing(reply: _Reply) -> int:
+def _unframe(reply: _Reply) -> Iterator[bytes]:
     """RFC 9112, 6.3."""
-    if reply.status in (204, 304) or reply.status < 200:
-        return 0
-    header = reply.headers.get("transfer-encoding", "")
-    codings = re.findall(r"[^\s,]+", header.lower())
-    for coding in set(codings) - {"identity", "chunked"}:
-        raise StreamError(f"expected Transfer-Encoding chunked, got {coding!r}")
-    if codings[-1:] == ["chunked"]:
-        return _CHUNKED
-    length = reply.headers.get("content-length")
-    if length is None:
-        return _TO_THE_END
-    if not re.fullmatch(r"([0-9]{1,18})(, *\1)*", length):
+    blocks, headers = iter(reply.read, b""), reply.headers
+    is_empty = reply.status in (204, 304) or reply.status < 200
+    codings = re.findall(r"[^\s,]+", headers.get("transfer-encoding", "").lower())
+    length = "0" if is_empty else headers.get("content-length")
+    if not reply.has_file:
+        yield from blocks
+    elif not {"chunked", "identity"}.issuperset(codings):
+        raise StreamError(f"expected Transfer-Encoding chunked, got {codings}")
+    elif codings[-1:] == ["chunked"] and not is_empty:
+        reply.end_body((yield from _dechunk(blocks)))
+    elif length is None:
+        yield (first := next(blocks, b""))
+        if not first:
+            raise _cut("before its first byte")
+        yield from blocks
+    elif not re.fullmatch(r"([0-9]{1,18})(, *\1)*", length):
         raise _cut(f"expected one Content-Length, got {length!r}")
-    return int(length.partition(",")[0])
+    else:
+        left = int(length.partition(",")[0])
+        while left > 0:
+            block = next(blocks, b"")
+            if not block:
+                raise _cut(f"{left} bytes short of its Content-Length")
+            yield block[:left]
+            left -= len(block)
+        reply.end_body(left < 0)
 
 
 #: Bytes of a chunk-size line or a trailer.
@@ -1424,8 +1300,7 @@ _MAX_FRAMING = 16 * 1024
 
 
 def _dechunk(blocks: Iterable[bytes]) -> Generator[bytes, None, bool]:
-    """RFC 9112, 7.1: one line or one chunk a turn. -> whether more is behind the
-    last."""
+    """RFC 9112, 7.1: a line or a chunk a turn. Returns whether more is behind it all."""
     expected = "size"  # of a chunk; its "end"; or a "trailer"
     left = 0  # bytes of the chunk that are to come
     unread = b""  # a line that has not ended
@@ -1453,7 +1328,7 @@ def _dechunk(blocks: Iterable[bytes]) -> Generator[bytes, None, bool]:
             elif expected == "end":
                 expected = "size"
                 fault = "a chunk is longer than its size" if line.strip() else ""
-            elif not line.strip():  # RFC 9112, 7.1.2: an empty line ends the trailers
+            elif not line.strip():  # which ends the trailers
                 yield b"".join(pieces)
                 return at < len(block)
         unread = block[at:]
@@ -1473,52 +1348,45 @@ def _parse_size(line: bytes) -> int:
 
 
 def _unpack(blocks: Iterable[bytes], clock: _Clock) -> Iterator[bytes]:
-    """Undo gzip and zlib, which nginx uses unasked. The body tells which, not the
-    header: proxies leave that there when they unpack."""
-    start: Optional[bytes] = b""  # until two bytes tell
-    inflater: Any = None
-    for block in blocks:
-        if start is not None:
-            block = start + block
-            if block in (b"", b"\x1f", b"\x78"):
-                start = block
-                continue
-            start = None
-            # RFC 1950, 2.2; RFC 1952, 2.3.1
-            head = int.from_bytes(block[:2], "big")
-            if (head >> 8 == 0x78 and head % 31 == 0) or head == 0x1F8B:
-                inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)  # either of them
-        if inflater is None:
-            yield block
-            continue
-        # Bytewise at the end: a bad checksum spoils what is read with it.
-        for part in (block[:-8], *(bytes([byte]) for byte in block[-8:])):
-            plain = part
-            while plain and not inflater.eof:  # what is behind the end is ignored
-                try:
-                    plain = inflater.decompress(part, _BLOCK_SIZE)
-                except zlib.error as error:
-                    text = f"the compression is broken: {error}"
-                    raise _Cut(StreamError(text)) from None
-                part = inflater.unconsumed_tail
-                clock.check_event()  # much may come from little
-                yield plain
-    if (inflater is not None and not inflater.eof) or start == b"\x1f":
-        raise _Cut(_cut("its compressed data is incomplete"))
-    if start:
+    """Undo gzip and zlib, which nginx uses unasked. The body tells, not the header:
+    proxies leave that there when they unpack."""
+    blocks, start = iter(blocks), b""
+    for block in blocks:  # until two bytes tell
+        start += block
+        if start not in (b"", b"\x1f", b"\x78"):
+            break
+    if not re.match(rb"\x1f(\x8b|\Z)|\x78[\x01\x5e\x9c\xda]", start):  # RFC 1952, 1950
         yield start
+        yield from blocks
+        return
+    inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)  # either of them
+    for block in itertools.chain([start], blocks):
+        for at in range(0, len(block), 1024):  # of which come at most some MiB
+            plain, fault = [], ""
+            try:  # bytewise: what is broken spoils all that is read with it
+                for byte in block[at : at + 1024]:
+                    if not inflater.eof:  # what is behind it is ignored
+                        plain.append(inflater.decompress(bytes([byte])))
+            except zlib.error as error:
+                fault = f"the compression is broken: {error}"
+            clock.check_event()
+            yield b"".join(plain)
+            if fault:
+                raise _Cut(StreamError(fault))
+    if not inflater.eof:
+        raise _Cut(_cut("its compressed data is incomplete"))
 
 
-# ----------------------------------------------
+# ---
 # Transport: request -> reply
-# ----------------------------------------------
+# ---
 
 
 class _Reply:
     """A reply whose headers are there, and its connection.
 
-    response: http.client's. A tool's stand-in may have no file: then its own read()
-        gives the body unframed. release: takes whether to keep the connection."""
+    response: http.client's, or a tool's, whose read() gives the body unframed if it has
+        no file. release: takes whether to keep the connection."""
 
     def __init__(
         self, response: Any, sock: Any, clock: _Clock, release: Any, where: str
@@ -1527,16 +1395,17 @@ class _Reply:
         self.has_file = hasattr(file, "read1")
         self.response = response
         self.where = where
-        self._clock = clock
         self._release = release
         self._is_reusable = False
         self._sock = sock if self.has_file else None
         source = file if self.has_file else response
-        self._read1: Any = getattr(source, "read1", None) or response.read
+        read1 = getattr(source, "read1", None) or response.read
+        wait: Any = partial(clock.wait, self._sock, clock.idle_timeout, clock.silence)
+        self._read = partial(wait, read1, _BLOCK_SIZE)
         try:
             clock.watch(sock)
             _keep_alive(sock)
-            clock.read(sock, _read_head, response)
+            wait(_read_head, response)
         except BaseException:
             release(False)
             raise
@@ -1545,13 +1414,13 @@ class _Reply:
 
     def read(self) -> bytes:
         try:
-            return bytes(self._clock.read(self._sock, self._read1, _BLOCK_SIZE))
+            return bytes(self._read())
         except Exception as error:
             _pass_on(error)
             raise _cut(str(error) or type(error).__name__) from error
 
     def end_body(self, has_more: bool) -> None:
-        """The end that the framing names has come, and perhaps more behind it."""
+        """The end that the framing names has come, perhaps with more behind it."""
         pending = getattr(self._sock, "pending", int)()  # TLS has decrypted it already
         is_last = self.status < 200 or self.response.will_close
         self._is_reusable = not (has_more or is_last or pending)
@@ -1565,8 +1434,8 @@ def _pass_on(error: BaseException) -> None:
     """Raise it, unless it is the network's."""
     import http.client
 
-    is_network = isinstance(error, (OSError, http.client.HTTPException))
-    is_network = is_network or type(error).__module__.startswith("urllib3.")
+    kinds = (OSError, http.client.HTTPException)
+    is_network = isinstance(error, kinds) or "urllib3." in type(error).__module__
     if isinstance(error, ChatStreamError) or _is_timeout(error) or not is_network:
         raise error
 
@@ -1575,7 +1444,7 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
     import http.client
 
     url, proxy = request.url, _find_proxy(request.url, request.secrets)
-    peer, where = proxy or url, f"{url.shown}{_describe(proxy)}"
+    peer = proxy or url
     # Looked up now, because vcrpy, OpenTelemetry and others put their own there.
     make: Any = http.client.HTTPConnection
     options: dict[str, Any] = {"timeout": clock.bound(request.connect_timeout)}
@@ -1584,14 +1453,16 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
         if "https" in (url.scheme, peer.scheme):
             import ssl
 
-            make, env = http.client.HTTPSConnection, os.environ.get
-            files = env("SSL_CERT_FILE", ""), env("SSL_CERT_DIR", "")
-            options["context"] = _tls_context(ssl.SSLContext, *files)
+            make, cert_file = (
+                http.client.HTTPSConnection,
+                os.environ.get("SSL_CERT_FILE"),
+            )
+            options["context"] = _tls_context(ssl.SSLContext, cert_file)
         key = (make, peer.origin, tunnel, options.get("context"))
         connection = _take_idle(key)
         if connection is not None:
-            # If it was dead, that costs no try: uvicorn closes after a 500 without
-            # saying so, and any server does after a while.
+            # A dead one costs no try: any server closes after a while, and uvicorn
+            # after a 500.
             try:
                 return _exchange(connection, key, request, proxy, clock)
             except OSError as error:
@@ -1600,13 +1471,9 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
         if tunnel:
             connection.set_tunnel(url.host, url.port, peer.headers)
         return _exchange(connection, key, request, proxy, clock)
-    except _TimeIsUp:
-        hint = "" if proxy else "; a proxy is taken from the environment alone"
-        text = f"no connection within {options['timeout']:g} s (connect_timeout){hint}"
-        raise _Retryable(error=TransportError(f"{where}: {text}")) from None
     except Exception as error:
         _pass_on(error)
-        raise _transport_failure(error, where) from error
+        raise _transport_failure(error, _where(url, proxy)) from error
 
 
 def _exchange(
@@ -1616,6 +1483,10 @@ def _exchange(
     is_absolute = proxy is not None and url.scheme == "http"  # RFC 9112, 3.2.2
     target = url.origin + url.target if is_absolute else url.target
     closes = "close" in _take_headers(request.headers).get("connection", "").lower()
+    where, bound = _where(url, proxy), request.connect_timeout
+    text = f"{where}: no connection within {bound} s (connect_timeout)"
+    text += "" if proxy else "; a proxy is taken from the environment alone"
+    late = partial(_Retryable, error=TransportError(text))
 
     def start() -> None:
         length = {"Content-Length": str(len(body))}
@@ -1627,49 +1498,43 @@ def _exchange(
         )
 
     def release(is_reusable: bool) -> None:
-        idle = _idle.setdefault(key, [])
-        # At most 256 of a kind are kept: nobody has more threads.
-        if is_reusable and not closes and len(idle) < 256:
-            idle.append(connection)
+        if is_reusable and not closes:
+            _idle.setdefault(key, []).append(connection)
         else:  # in a forked child the connection is still its parent's
             _close(connection, sock if os.getpid() == owner else None)
 
     sock = connection.sock
     try:
         clock.watch(sock)
-        clock.wait(sock, request.connect_timeout, start)
+        clock.wait(sock, bound, late, start)
         sock = connection.sock  # http.client lets go of it where this reply is the last
         clock.watch(sock)
         _keep_alive(sock)
+        send = partial(clock.wait, sock, bound, partial(_stalled, where))
         # A server may refuse a large request before it has all of it.
         with suppress(BrokenPipeError, ConnectionResetError):
-            _send_rest(connection, request, clock)
-        response = clock.read(sock, connection.getresponse)
+            for at in range(_BLOCK_SIZE, len(body), _BLOCK_SIZE):
+                send(connection.send, body[at : at + _BLOCK_SIZE])
+        read = partial(clock.wait, sock, clock.idle_timeout, clock.silence)
+        response = read(connection.getresponse)
     except BaseException:
         release(False)
         raise
-    return _Reply(response, sock, clock, release, f"{url.shown}{_describe(proxy)}")
+    return _Reply(response, sock, clock, release, where)
 
 
-def _send_rest(connection: Any, request: _Request, clock: _Clock) -> None:
-    try:
-        for at in range(_BLOCK_SIZE, len(request.content), _BLOCK_SIZE):
-            block = request.content[at : at + _BLOCK_SIZE]
-            clock.wait(connection.sock, request.connect_timeout, connection.send, block)
-    except _TimeIsUp:
-        text = "timed out while sending the request"
-        raise TransportError(f"{request.url.shown}: {text}") from None
+def _stalled(where: str) -> TransportError:
+    return TransportError(f"{where}: timed out while sending the request")
 
 
-#: Connections that are kept for reuse, by class, peer, tunnel and TLS context.
+#: Kept connections, by class, peer, tunnel and TLS context.
 _idle: dict[Any, list[Any]] = {}
 
 
 def _take_idle(key: Any) -> Any:
-    """Nothing may have come on it: its end, or a stray 408, would be the next
-    answer."""
-    while _idle.get(key):
-        with suppress(IndexError):  # another thread was faster
+    """Nothing may have come on it: an end, or a stray 408, would be the next reply."""
+    with suppress(LookupError):  # none is left
+        while True:
             connection = _idle[key].pop()
             try:
                 connection.sock.settimeout(0)
@@ -1697,29 +1562,26 @@ def _close_idle(is_forked: bool = False) -> None:
 
 
 if hasattr(os, "register_at_fork"):  # a forked child must not write to our connections
-    os.register_at_fork(after_in_child=lambda: _close_idle(is_forked=True))
+    os.register_at_fork(after_in_child=partial(_close_idle, True))
 
 
 def _keep_alive(sock: Any) -> None:
     """So that no NAT or firewall forgets a connection on which a model thinks."""
     with suppress(OSError, AttributeError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):  # macOS: second
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
             if hasattr(socket, name):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), 30)
 
 
 def _read_head(response: Any) -> None:
     """Read past 1xx (RFC 9110, 15.2; http.client does past 100 alone)."""
-    import http.client
-
     while getattr(response, "fp", None) is not None and 101 < response.status < 200:
         response.headers = response.msg = None
         response.begin()
     for defect in getattr(response.headers, "defects", ()):
         if type(defect).__name__.startswith(("MissingHeaderBody", "FirstHeaderLine")):
-            line = getattr(defect, "line", None) or ""
-            raise http.client.HTTPException(f"a header cannot be read {line}".rstrip())
+            raise ConnectionError(f"a header cannot be read: {defect!r}")
 
 
 def _take_headers(headers: Any) -> dict[str, str]:
@@ -1733,22 +1595,18 @@ def _take_headers(headers: Any) -> dict[str, str]:
 
 
 def _transport_failure(cause: BaseException, where: str) -> ChatStreamError:
-    import http.client
-    import ssl
-
-    text = str(cause) or type(cause).__name__
-    is_odd = type(cause) is http.client.BadStatusLine  # not RemoteDisconnected
-    if is_odd or isinstance(cause, http.client.UnknownProtocol):
-        shown = text.encode("unicode_escape").decode()
-        text = f"expected a reply in HTTP/1.1, got '{shown}'"
-    final = (ssl.CertificateError, FileNotFoundError, PermissionError)
-    is_final = isinstance(cause, final) or type(cause) is ssl.SSLError
-    is_final = is_final or "Tunnel connection failed: 4" in text
-    if "Key Identifier" in text or "not marked critical" in text:
+    kind = type(cause).__name__
+    text = str(cause) or kind
+    if kind in ("BadStatusLine", "UnknownProtocol"):
+        text = f"expected a reply in HTTP/1.1, got {text!a}"
+    is_untrusted = kind == "SSLCertVerificationError"
+    final = ("SSLError", "FileNotFoundError", "PermissionError")
+    is_final = kind in final or is_untrusted or "Tunnel connection failed: 4" in text
+    if re.search("Key Identifier|not marked critical", text):
         text += "; does a pool= whose ssl_context has no VERIFY_X509_STRICT work?"
-    elif isinstance(cause, ssl.CertificateError):
-        text += "; SSL_CERT_FILE=ca.pem makes a private certificate authority trusted"
-    elif is_final and re.search("WRONG_VERSION_NUMBER|HTTP_REQUEST|RECORD_LAYER", text):
+    elif is_untrusted:
+        text += "; SSL_CERT_FILE=ca.pem makes a private authority trusted"
+    elif re.search("WRONG_VERSION_NUMBER|HTTP_REQUEST|RECORD_LAYER", text):
         text += "; the server does not speak TLS here: is it http://?"
     error = TransportError(f"{where}: {text}")
     return error if is_final else _Retryable(error=error)
@@ -1759,8 +1617,8 @@ def _open_in_pool(request: _Request, clock: _Clock) -> _Reply:
 
     import urllib3
 
-    pool, where = request.pool, request.url.shown
-    where += _describe(getattr(pool, "proxy", None))
+    pool = request.pool
+    where = _where(request.url, getattr(pool, "proxy", None))
     upload = io.BytesIO(request.content)  # sent in blocks with a timeout each
     length = {"Content-Length": str(len(request.content))}
     connect = clock.bound(request.connect_timeout)
@@ -1793,34 +1651,31 @@ def _open_in_pool(request: _Request, clock: _Clock) -> _Reply:
         if isinstance(error, ChatStreamError):
             raise
         clock.check()
-        # The error of the socket is inside those that urllib3 puts around it.
+        # The socket's error is inside those of urllib3.
         inside = [item for outer in _chain(error) for item in (outer, *outer.args)]
         cause = next((e for e in inside if isinstance(e, sockets)), error)
-        if _is_timeout(cause) and upload.tell() == len(request.content):
-            raise clock.silence() from cause
-        if _is_timeout(cause) and upload.tell():
-            text = "timed out while sending the request"
-            raise TransportError(f"{where}: {text}") from cause
-        raise _transport_failure(cause, where) from cause
+        if not (_is_timeout(cause) and upload.tell()):
+            raise _transport_failure(cause, where) from cause
+        is_sent = upload.tell() == len(request.content)
+        raise (clock.silence() if is_sent else _stalled(where)) from cause
 
 
-# ----------------------------------------------
+# ---
 # Proxies and certificates
-# ----------------------------------------------
+# ---
 
 
-def _describe(proxy: Any) -> str:
+def _where(url: _URL, proxy: Any) -> str:
     shown = proxy and f"{proxy.scheme}://{proxy.host}:{proxy.port}"
-    return f" (through the proxy {shown})" if shown else ""
+    return url.shown + (f" (through the proxy {shown})" if proxy else "")
 
 
 def _find_proxy(url: _URL, secrets: _Secrets) -> Optional[_URL]:
-    names = (f"{url.scheme}_proxy", "all_proxy")
-    if not any(os.environ.get(n) or os.environ.get(n.upper()) for n in names):
+    if not any(name.lower().endswith("_proxy") for name in os.environ):
         return None  # spares the import
     import urllib.request
     from base64 import b64encode
-    from urllib.parse import unquote, urlsplit
+    from urllib.parse import unquote_to_bytes, urlsplit
 
     settings = urllib.request.getproxies_environment()
     value = (settings.get(url.scheme) or settings.get("all") or "").strip()
@@ -1831,16 +1686,16 @@ def _find_proxy(url: _URL, secrets: _Secrets) -> Optional[_URL]:
         host, port = parts.hostname, parts.port
     except ValueError:  # raising here would chain it: it may quote the password
         parts, host, port = urlsplit("http:"), None, None
-    if not host or "@" in parts.path + parts.query + parts.fragment:  # of a password
-        text = f"the URL in {url.scheme.upper()}_PROXY or ALL_PROXY is not valid"
-        raise TransportError(text)
+    if not host or "@" in parts.path + parts.query + parts.fragment:
+        name = f"{url.scheme.upper()}_PROXY or ALL_PROXY"
+        raise TransportError(f"{name} is not valid: expected http://host:port")
     if parts.scheme not in _PORTS or parts.scheme == url.scheme == "https":
         text = "urllib3.ProxyManager(...) or contrib.socks.SOCKSProxyManager(...)"
         raise TransportError(f"a {parts.scheme}:// proxy needs pool={text}")
     proxy = _URL(parts.scheme, host, port)
     if parts.username is not None:
-        user, password = unquote(parts.username), unquote(parts.password or "")
-        pair = f"{user}:{password}".encode("utf-8", "surrogateescape")
+        password = parts.password or ""
+        pair = unquote_to_bytes(os.fsencode(f"{parts.username}:{password}"))
         token = b64encode(pair).decode()
         secrets.add(token, password)
         proxy.headers["Proxy-Authorization"] = f"Basic {token}"
@@ -1848,42 +1703,27 @@ def _find_proxy(url: _URL, secrets: _Secrets) -> Optional[_URL]:
 
 
 def _goes_direct(url: _URL, no_proxy: str) -> bool:
-    """NO_PROXY names it, or it is this machine, where a proxy finds itself; servers
-    print 0.0.0.0 and :: as their address."""
+    """NO_PROXY names it, or it is this machine (0.0.0.0 and :: in servers' logs)."""
     import ipaddress
-    import urllib.request
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
-    address = _parse_address(url.host)
-    if no_proxy.strip() == "*":
-        return True
-    if address is None:
-        bypass: Any = getattr(urllib.request, "proxy_bypass_environment")  # noqa: B009
+    peer, entries = f"{url.host}:{url.port}", [e.strip() for e in no_proxy.split(",")]
+    try:
+        address = ipaddress.ip_address(url.host)
+    except ValueError:
         names = {"no": f"localhost,{no_proxy.replace('*.', '.')}"}
-        return bool(bypass(f"{url.host}:{url.port}", names))
-    if address.is_loopback or address.is_unspecified:
-        return True
-    for entry in map(str.strip, no_proxy.split(",")):
-        if entry == f"{url.host}:{url.port}":
-            return True
+        return entries == ["*"] or bool(proxy_bypass_environment(peer, names))
+    for entry in entries:
         with suppress(ValueError):  # a name; urllib.request finds 1.2.3 in 10.1.2.3
             if address in ipaddress.ip_network(entry, strict=False):
                 return True
-    return False
-
-
-def _parse_address(host: str) -> Any:
-    """-> ipaddress's address; None for a name."""
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
+    is_here = address.is_loopback or address.is_unspecified
+    return is_here or not {"*", peer}.isdisjoint(entries)
 
 
 @lru_cache(maxsize=16)
-def _tls_context(kind: Any, cert_file: str, _: str) -> Any:
-    """Cached by class (truststore swaps it) and by SSL_CERT_FILE and _DIR."""
+def _tls_context(kind: Any, cert_file: Optional[str]) -> Any:
+    """Cached by class, because truststore swaps it, and by SSL_CERT_FILE."""
     import ssl
 
     try:
@@ -1906,18 +1746,18 @@ def _tls_context(kind: Any, cert_file: str, _: str) -> Any:
             text = "no certificate authorities: install certifi or set SSL_CERT_FILE"
             raise TransportError(text) from None
         cert_file = certifi.where()
-    if cert_file:
-        try:
+    try:
+        if cert_file:
             context.load_verify_locations(cafile=cert_file)
-        except OSError as error:
-            text = f"SSL_CERT_FILE={cert_file} cannot be read: {error}"
-            raise TransportError(text) from error
+    except OSError as error:
+        text = f"SSL_CERT_FILE={cert_file} cannot be read: {error}"
+        raise TransportError(text) from error
     return context
 
 
-# ----------------------------------------------
+# ---
 # Replies that are not 2xx, and what an error says
-# ----------------------------------------------
+# ---
 
 #: Bytes and seconds for the body of an error: the status is known and worth more.
 _MAX_ERROR_BODY, _ERROR_BODY_SECONDS = 64 * 1024, 5.0
@@ -1926,7 +1766,8 @@ _MAX_ERROR_BODY, _ERROR_BODY_SECONDS = 64 * 1024, 5.0
 def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> ChatStreamError:
     import http.client
 
-    status, headers, hide = reply.status, reply.headers, request.secrets.hide
+    status, hide = reply.status, request.secrets.hide
+    headers = {name: hide(value) for name, value in reply.headers.items()}
     data = b""
     clock.start_event(_ERROR_BODY_SECONDS)
     with suppress(_Cut, StreamError, DeadlineError):  # nothing may hide the status
@@ -1938,30 +1779,30 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> ChatStre
     values = _parse_run(body)
     if values is None:  # behind `data:` and other fields (DashScope), or no JSON
         values = [v for line in body.splitlines() for v in _parse_run(line) or ()]
-    facts = _error_facts(_open_lists(values) or body, hide)
+    facts = _error_facts(values or body, hide)
     del facts["type"]
     reason = getattr(reply.response, "reason", "")
     said = facts["message"] or reason or http.client.responses.get(status, "")
     text = f"HTTP {status} from {reply.where}" + (f": {said}" if said else "")
-    location = re.split("[?#]", hide(headers.get("location", "")))[0]
+    location = re.split("[?#]", headers.get("location", ""))[0]
     if 300 <= status < 400 and location:
-        # Without user:password@, however it is written.
+        # Without user:password@.
         location = re.sub("//.*@", "//", _one_line(location, _MAX_SENTENCE))
         text += f" (redirects are not followed; Location: {location})"
     elif status == 401 and not request.secrets.are_sent:
-        source = f" or set {request.key_source}" if request.key_source else ""
+        source = f" or set {request.env_key}" if request.env_key else ""
         text += f" (no key was sent: pass api_key={source})"
     elif status == 404 and request.url.target.startswith("/chat/completions"):
         text += " (the base URL has no path: does it lack /v1?)"
     wait = _retry_after(headers, body)
     again = _may_retry(headers, str(status) in _PASSING) and _SPENT not in body
     facts.update(status=status, body=body, retry_after=wait, headers=headers)
-    error = RetryLimitError(text, **facts) if again else StatusError(text, **facts)
+    error = (RetryLimitError if again else StatusError)(text, **facts)
     return _Retryable(error=error, wait=wait) if again else error
 
 
-#: Where the sentence is, the most believed first, in lower case without _. OpenRouter's
-#: own message says only that there was one; it is in metadata.raw.
+#: Where the sentence is, the most believed first, in lower case without _. OpenRouter
+#: has it in metadata.raw.
 _SENTENCES = "metadata raw errordescription error message detail details errors msg"
 _SENTENCES += " errormsg errormessage baseresp statusmsg text title description reason"
 
@@ -1971,23 +1812,26 @@ _CODES, _KINDS = ("code", "error_code", "status_code"), ("type", "error_type")
 
 def _error_facts(value: Any, hide: Callable[[str], str]) -> dict[str, Any]:
     body = _first_dict(value)
-    parts = (body.get(name) for name in ("error", "base_resp", "errors"))
-    known = {**body, **next((d for d in map(_first_dict, parts) if d), {})}
+    parts = (_first_dict(body.get(name)) for name in ("error", "base_resp", "errors"))
+    known = {**body, **next(filter(None, parts), {})}
 
     def first(*names: str) -> Any:
         return next((known[n] for n in names if known.get(n) is not None), None)
 
-    found = [text for text in _find_sentences(value) if text.strip()]
-    found.sort(key=lambda text: " " not in text.strip())
-    message = _one_line(hide(found[0]), _MAX_SENTENCE) if found else ""
+    found = [text for text in map(str.strip, _find_sentences(value)) if text]
+    said = next((text for text in found if " " in text), found[0] if found else "")
+    message = _one_line(hide(said), _MAX_SENTENCE)
     return {"message": message, "code": first(*_CODES), "type": first(*_KINDS)}
 
 
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    """An object alone, or those in a list."""
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, dict)]
+
+
 def _first_dict(value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    items = value if isinstance(value, list) else []
-    return next((item for item in items if isinstance(item, dict)), {})
+    return next(iter(_dicts(value)), {})
 
 
 def _find_sentences(value: Any, depth: int = 0) -> Iterator[str]:
@@ -2014,12 +1858,11 @@ def _find_sentences(value: Any, depth: int = 0) -> Iterator[str]:
 
 
 def _find_error(chunk: dict[str, Any], is_named: bool) -> Optional[dict[str, Any]]:
-    """-> the object in a chunk that reports one. is_named: its event may tell of
-    anything."""
-    choices = _choices_of(chunk)
-    for part in map(_first_dict, (chunk, chunk.get("x_groq"), *choices)):
+    """-> the object in a chunk that reports one. is_named: its event may say anything."""
+    choices = _dicts(chunk.get("choices"))
+    for part in (chunk, _first_dict(chunk.get("x_groq")), *choices):
         error = part.get("error")
-        # In a Go server's empty object there are members, and they are empty.
+        # A Go server's empty object has empty members.
         if any(error.values()) if isinstance(error, dict) else error:
             return part
     is_error = "error" in (chunk.get("object"), chunk.get("type"))  # vLLM, Mistral
@@ -2039,20 +1882,20 @@ def _find_error(chunk: dict[str, Any], is_named: bool) -> Optional[dict[str, Any
 
 
 def _has_bad_code(value: Any) -> bool:
-    codes = [value.get(n) for n in _CODES] if isinstance(value, dict) else []
-    codes = [str(code).lower() for code in codes if type(code) in (int, str)]
-    return not {"", "0", "200", "ok", "success"}.issuperset(codes)
+    codes = map(_first_dict(value).get, _CODES)
+    said = {str(code).lower() for code in codes if type(code) in (int, str)}
+    return not said <= {"", "0", "200", "ok", "success"}
 
 
-# ----------------------------------------------
+# ---
 # The answer: lines -> JSON -> chunks
-# ----------------------------------------------
+# ---
 
-#: [DONE], among the JSON values of a text.
-_DONE: Any = object()
+#: Among the JSON values of a text.
+_DONE = "[DONE]"
 
-#: What may stand around JSON values: frameworks add a `data:`, GLM omits line ends.
-_match_seam = re.compile(r"(?:[ \t\r\n]+|data:|\[?DONE\]?)*").match
+#: What may stand around JSON: frameworks add a `data:`, GLM omits line ends.
+_match_seam: Any = re.compile(r"(?:[ \t\r\n]+|data:|\[?DONE\]?)*").match
 
 #: How JSON begins in a line without `data:`, unlike a line of a log ("[INFO]").
 _match_bare = re.compile(r'\s*(?:[{\[]\s*(?:["{}\[\]]|\Z)|\[DONE\])').match
@@ -2065,39 +1908,25 @@ _parse_json_at = json.JSONDecoder(strict=False).raw_decode
 
 
 def _parse_run(text: str) -> Optional[list[Any]]:
-    """-> the JSON values in a text, and _DONE; None if there is anything else in it."""
+    """-> the JSON values in a text, and _DONE; None if there is anything else in it.
+    Lists are opened (Azure, Vertex); null is padding."""
     values: list[Any] = []
     at = 0
     try:
         while True:
-            end = _match_seam(text, at).end()  # type: ignore[union-attr]
+            end = _match_seam(text, at).end()
             if text.find("DONE", at, end) >= 0:
                 values.append(_DONE)
             if end == len(text):
-                return values
+                return [value for value in values if value is not None]
             value, at = _parse_json_at(text, end)
-            values.append(value)
+            values += value if isinstance(value, list) and value else [value]
     except (ValueError, RecursionError):
         return None
 
 
-def _open_lists(values: Optional[list[Any]]) -> list[Any]:
-    """Lists are opened (Azure, Vertex); null is padding."""
-    opened: list[Any] = []
-    for value in values or ():
-        opened += value if isinstance(value, list) and value else [value]
-    return [value for value in opened if value is not None]
-
-
-def _choices_of(chunk: dict[str, Any]) -> list[dict[str, Any]]:
-    choices = chunk.get("choices")
-    items = choices if isinstance(choices, list) else []
-    return [item for item in items if isinstance(item, dict)]
-
-
 def _has_chunk(values: Optional[list[Any]]) -> bool:
-    dicts = [value for value in values or () if isinstance(value, dict)]
-    return any("choices" in value or "error" in value for value in dicts)
+    return any("choices" in chunk or "error" in chunk for chunk in _dicts(values))
 
 
 def _word(value: Any) -> str:
@@ -2116,30 +1945,30 @@ _MAX_CHOICES = _MAX_CALLS = 1024
 class _Answer:
     """feed() it bytes, then end() it.
 
-    done: [DONE] has come, and nothing after it counts. started: it has given an event.
-    said: how many chunks had a choice or usage. cut: why its bytes ended too early."""
+    asked: how many choices were asked for; 0: nobody knows. done: [DONE] has come.
+    started: it has given an event. said: how many chunks had a choice or usage. cut:
+    why its bytes ended too early."""
 
-    def __init__(self, strict: bool, raw: bool, choices: int = 0, **reply: Any) -> None:
-        self.done = False
-        self.started = False
+    def __init__(
+        self, strict: bool, raw: bool, known: Completed, asked: int = 0, hide: Any = str
+    ) -> None:
+        self.done = self.started = False
         self.said = 0
         self.cut: Optional[ChatStreamError] = None
         self._strict = strict
         self._raw = raw
-        self._asked = choices
-        self.hide: Callable[[str], str] = str
-        self._completed = Completed(**reply)
+        self._asked = asked
+        self._hide = hide
+        self._completed = known
         self._choices: dict[int, _Choice] = {}
         self._has_chunks = False
 
-        self._is_first = True  # the first line may begin with a BOM
         self._after_cr = False  # an LF belongs to the line end before it
         self._tail: list[bytes] = []  # pieces of the line that has not ended
         self._size = 0  # of all since a chunk said something
         self._sized_at = 0  # `said`, then
         self._name = ""  # of the event
-        self._comments: list[str] = []  # in an event named error
-        self._pending: list[str] = []  # lines of data that are no JSON alone
+        self._pending: list[str] = []  # lines that are no JSON alone, or of an error
 
         self._unread = ""  # the start of what nobody could read since the last chunk
         self._skipped = ""  # the first text that was skipped
@@ -2149,7 +1978,7 @@ class _Answer:
 
     # Bytes -> lines
 
-    def feed(self, block: bytes) -> Iterator[Event]:
+    def feed(self, block: bytes) -> _Events:
         match = self._match
         for line in self._split(block):
             if line:
@@ -2171,8 +2000,7 @@ class _Answer:
             match = self._match
 
     def _split(self, block: bytes) -> list[bytes]:
-        """They end in LF, CR or CRLF (WHATWG SSE, 9.2.5). Linear, also for a large
-        line."""
+        """At LF, CR or CRLF (WHATWG SSE, 9.2.5); a large line costs linear time."""
         if not block:  # a read of framing alone: an LF may still belong to a CR
             return []
         self._size = len(block) + (self._size if self.said == self._sized_at else 0)
@@ -2187,23 +2015,21 @@ class _Answer:
             return []
         lines = b"".join(self._tail).splitlines()
         self._tail = [] if block.endswith((b"\n", b"\r")) else [lines.pop()]
-        if self._is_first:
-            self._is_first = False
-            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
         return lines
 
     # Lines -> JSON
 
-    def _read_line(self, line: bytes) -> Iterator[Event]:
-        """A line of an event (WHATWG SSE, 9.2.6), or JSON that stands there alone."""
-        at = 0
+    def _read_line(self, line: bytes) -> _Events:
+        """A line of an event (WHATWG SSE, 9.2.6), or JSON alone."""
+        line, at = line.removeprefix(b"\xef\xbb\xbf"), 0  # a BOM, at the start
         while line.startswith(b"data:", at):
             at += 6 if line.startswith(b" ", at + 5) else 5
         text = line[at:].decode("utf-8", "replace")
         name, _, value = text.partition(":")
+        is_error = self._name == "error"
         if not at and name in ("", "id", "retry", "data"):  # the last without a colon
-            if self._name == "error" and not name:
-                self._comments.append(value.strip()[:_MAX_SENTENCE])
+            if is_error and not name:
+                self._pending.append(text)
         elif not at and name == "event":
             yield from self._read_pending()
             self._name = value.strip().lower()
@@ -2214,46 +2040,43 @@ class _Answer:
             if value.strip() not in ("", "null", '""', "{}", "[]"):
                 self._name = "error"
                 self._pending.append(value)
-                if _parse_run(value) is not None or not _match_bare(value):
-                    yield from self._end_event()
-        elif at or self._pending or self._name == "error" or _match_bare(text):
+        elif at or self._pending or is_error or _match_bare(text):
             yield from self._read_data(text, line)
         else:
             self._note(text)
 
-    def _read_data(self, text: str, line: bytes) -> Iterator[Event]:
+    def _read_data(self, text: str, line: bytes) -> _Events:
         """JSON is read at once: GLM and Kimi leave blank lines out. What is not whole
-        is joined with what follows, up to a blank line, a field, a whole chunk or
-        [DONE]."""
+        is joined with what follows, up to a blank line, a field, a chunk or [DONE]."""
         self._match = _match_nothing
         values = _parse_run(text)
-        if self._pending or self._name == "error":
-            is_end = _DONE in (values or ())
-            if self._name == "error" and is_end:
-                yield from self._end_event()
-            may_be_cut = self._name != "error" and self._pending[0].lstrip()[:1] == "{"
-            if not (is_end or may_be_cut and _has_chunk(values)):
-                self._pending.append(text)
-                return
-            yield from self._read_pending()
-        if values is None and text.lstrip()[:1] in ("{", "["):
+        is_cut = values is None and text.lstrip()[:1] in ("{", "[")
+        if _DONE in (values or ()):
+            yield from self._end_event()
+        elif self._name == "error":
+            is_cut = True
+        elif self._pending:
+            is_cut = self._pending[0].lstrip()[:1] != "{" or not _has_chunk(values)
+            if not is_cut:
+                yield from self._read_pending()
+        if is_cut:
             self._pending.append(text)
         else:
             yield from self._read_text(text, values, line)
 
-    def _end_event(self) -> Iterator[Event]:
+    def _end_event(self) -> _Events:
         if self._name == "error":
             # NVIDIA Dynamo tells what is wrong in a comment, or not at all.
-            text = "\n".join(self._pending or self._comments).strip() or "error"
-            values = _open_lists(_parse_run(text))
-            for value in values:
-                if isinstance(value, dict):
-                    yield from self._read_chunk(value, is_error=True)
-            yield from self._fail(text, values[-1] if values else None)
+            data = [text for text in self._pending if text[:1] != ":"]
+            text = "\n".join(data or [text[1:] for text in self._pending]).strip()
+            values = _parse_run(text) or []
+            for value in _dicts(values):
+                yield from self._read_chunk(value, is_error=True)
+            yield from self._fail(text or "error", values[-1] if values else None)
         yield from self._read_pending()
         self._name = ""
 
-    def _read_pending(self) -> Iterator[Event]:
+    def _read_pending(self) -> _Events:
         text = "\n".join(self._pending)
         self._pending = []
         values = _parse_run(text)
@@ -2263,7 +2086,7 @@ class _Answer:
 
     def _read_text(
         self, text: str, values: Optional[list[Any]], line: bytes = b""
-    ) -> Iterator[Event]:
+    ) -> _Events:
         """values: the JSON in a text; None: it is in its lines, or behind a `data:`
         inside one (GLM). line: of which the shortcut may learn."""
         if values is None:
@@ -2276,8 +2099,8 @@ class _Answer:
                         yield from self._read_text(part, _parse_run(part))
             else:
                 self._skip(text)
-        for value in _open_lists(values or []):
-            if value is _DONE or value == "[DONE]":
+        for value in values or ():
+            if value == _DONE:
                 self.done = True
                 return
             if not isinstance(value, dict):
@@ -2306,17 +2129,16 @@ class _Answer:
             return
         self._note(text)
         self._completed.skipped += 1
-        shown = _one_line(self.hide(text), _MAX_QUOTE)
+        shown = _one_line(self._hide(text), _MAX_QUOTE)
         self._skipped = self._skipped or shown
         if self._strict:
-            shown = f"expected a JSON object, got {shown!r}"
-            raise MalformedChunkError(shown, data=text)
+            raise MalformedChunkError(f"no JSON object: {shown!r}", data=text)
 
     def _note(self, text: str) -> None:
         """It may be the whole answer, or a server's last words."""
         self._match = _match_nothing
         if len(self._unread) < _MAX_QUOTE:
-            self._unread = f"{self._unread} {self.hide(text)}"[: 4 * _MAX_QUOTE]
+            self._unread = f"{self._unread} {self._hide(text)}"[: 4 * _MAX_QUOTE]
 
     # Chunks -> events
 
@@ -2331,33 +2153,34 @@ class _Answer:
             done.response_id = done.response_id or _word(chunk.get("id"))
             done.model = done.model or _word(chunk.get("model"))
         events: list[_Delta] = []
-        choices = _choices_of(chunk)
+        choices = _dicts(chunk.get("choices"))
         for position, data in enumerate(choices):
-            index = data.get("index")
-            if self._asked == 1:  # Foundry Local counts tokens in it; Copilot uses two
-                index = 0
-            elif type(index) is not int:  # Cloudflare sends none
-                index = position
-            if len(self._choices) >= _MAX_CHOICES and index not in self._choices:
-                raise StreamError(f"expected at most {_MAX_CHOICES} choices, got more")
+            # Cloudflare sends no index; Foundry Local counts tokens; Copilot uses two.
+            index = data["index"] if type(data.get("index")) is int else position
+            index = 0 if self._asked == 1 else index
             events += self._choices.setdefault(index, _Choice(index)).read(data)
+            if len(self._choices) > _MAX_CHOICES:
+                raise StreamError(f"expected at most {_MAX_CHOICES} choices, got more")
         holders = [*choices, _first_dict(chunk.get("x_groq")), chunk]  # Moonshot, Groq
-        usages = [data["usage"] for data in holders if data.get("usage")]
-        for usage in [_make_usage(data) for data in usages if isinstance(data, dict)]:
+        usages = [*filter(None, (_first_dict(data.get("usage")) for data in holders))]
+        for usage in map(_make_usage, usages):
             # The last stands; many send zeros or null before or after.
-            if done.usage is None or any(list(vars(usage).values())[:5]):
+            if done.usage is None or replace(usage, extra={}) != Usage():
                 done.usage = usage
         self.said += bool(choices or usages)
         return events
 
-    def _fail(self, text: str, raw: Any = None, part: Any = None) -> Iterator[Event]:
+    def _fail(self, text: str, raw: Any = None, part: Any = None) -> _Events:
         """text: as sent; raw: its JSON; part: what of it is the error."""
         yield from self._halves()
-        facts = _error_facts(part or raw or text, self.hide)
-        said = facts["message"] or _one_line(self.hide(text), _MAX_SENTENCE)
-        facts.update(message=said, raw=text if raw is None else raw)
+        facts = _error_facts(part or raw or text, self._hide)
+        said = facts["message"] or _one_line(self._hide(text), _MAX_SENTENCE)
+        shown = self._hide(text if raw is None else _dump(raw))
+        with suppress(ValueError):  # a secret may be a number, and *** is none
+            shown = shown if raw is None else json.loads(shown)
+        facts.update(message=said, raw=shown)
         if facts["code"] is not None:
-            said += f" (code {_one_line(self.hide(str(facts['code'])), 40)})"
+            said += f" (code {_one_line(self._hide(str(facts['code'])), 40)})"
         what = "the server reported an error inside its answer"
         raise ServerError(f"{what}: {said}", **facts)
 
@@ -2366,7 +2189,7 @@ class _Answer:
 
     # The end
 
-    def end(self, cut: Optional[ChatStreamError]) -> Iterator[Event]:
+    def end(self, cut: Optional[ChatStreamError]) -> _Events:
         self.cut = cut
         if not self.done:
             yield from self.feed(b"\n\n")  # which ends a line, and an event
@@ -2382,19 +2205,18 @@ class _Answer:
         done.finish_reason, done.finish_reasons = reasons.get(0), reasons
         yield done
 
-    def _check_end(self, reasons: dict[int, str]) -> Iterator[Event]:
+    def _check_end(self, reasons: dict[int, str]) -> _Events:
         choices, cut = self._choices.values(), self.cut
         text = _one_line(self._unread, _MAX_QUOTE)
         if cut is None and not self._has_chunks and text:
             names = ("content-type", "content-encoding")
-            kinds = [self._completed.headers.get(name) for name in names]
-            shown = ", ".join(filter(None, kinds)) or "no content type"
+            kinds = filter(None, map(self._completed.headers.get, names))
+            shown = ", ".join(kinds) or "no content type"
             what = "the answer is no chat completion: expected chunks with choices"
             raise StreamError(f"{what}, got {text!r} ({shown})")
         finished = [c.is_finished(self.done, cut is not None) for c in choices]
-        # A choice that was asked for may not have begun.
-        least = max(self._asked, 1) if cut else 1
-        is_finished = all(finished) and len(finished) >= least
+        least = self._asked if cut else 0  # one that was asked for may not have begun
+        is_finished = all(finished) and len(finished) >= (least or 1)
         if cut is None and is_finished:
             if all(choice.is_empty for choice in choices):
                 _log.warning("the answer is empty (finish_reasons %s)", reasons)
@@ -2407,41 +2229,38 @@ class _Answer:
         fault = cut or TruncatedStreamError(f"the stream ended {why}")
         if self._strict or (cut is not None and not is_finished):
             raise fault
-        _log.warning("%s", self.hide(str(fault)))
+        _log.warning("%s", self._hide(str(fault)))
+
+
+#: Counts of other names (mlx-vlm, DeepSeek), and where OpenAI has the last two of ours.
+_COUNTS = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens"}
+_COUNTS["prompt_cache_hit_tokens"] = "cached_tokens"
+_DETAILS = ("prompt_tokens_details", "completion_tokens_details")
 
 
 def _make_usage(data: dict[str, Any]) -> Usage:
-    """The first count that is not 0: OpenAI's, mlx-vlm's, DeepSeek's, Moonshot's."""
-    names = ("prompt_tokens_details", "completion_tokens_details")
-    prompt, completion = [_first_dict(data.get(name)) for name in names]
-    get, cached, reasoned = data.get, "cached_tokens", "reasoning_tokens"
-    hits, ours = "prompt_cache_hit_tokens", vars(Usage()).keys() - {"extra"}
-    known = {*ours, *names, "input_tokens", "output_tokens", hits}
-
-    def first(*counts: Any) -> int:
-        return next((n for n in counts if type(n) is int and n), 0)
-
-    return Usage(
-        first(get("prompt_tokens"), get("input_tokens")),
-        first(get("completion_tokens"), get("output_tokens")),
-        first(get("total_tokens")),
-        first(prompt.get(cached), get(hits), get(cached)),
-        first(completion.get(reasoned), get(reasoned)),
-        {n: v for n, v in data.items() if n not in known and v is not None},
-    )
+    usage = Usage()
+    for place in (*map(_first_dict, map(data.get, _DETAILS)), data):
+        for name, value in place.items():
+            ours = _COUNTS.get(name, name)
+            if ours in vars(usage) and ours != "extra":
+                count = value if type(value) is int else 0
+                setattr(usage, ours, getattr(usage, ours) or count)
+            elif place is data and name not in _DETAILS and value is not None:
+                usage.extra[name] = value
+    return usage
 
 
-# ----------------------------------------------
+# ---
 # The answer: choices, their texts, their tool calls
-# ----------------------------------------------
+# ---
 
 #: The first with text is the reasoning; others repeat it.
 _REASONING = ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details")
 
 
 def _is_failure(reason: str) -> bool:
-    """Whether a finish_reason tells of one: abort (vLLM, SGLang), timeout
-    (TensorRT-LLM), error (LMDeploy), overloaded_error (Portkey)."""
+    """abort (vLLM, SGLang), timeout (TensorRT-LLM), overloaded_error (Portkey) ..."""
     return bool(re.search("error|abort|cancel|timeout|fail", reason, re.IGNORECASE))
 
 
@@ -2456,16 +2275,14 @@ def _read_texts(source: dict[str, Any]) -> Iterator[tuple[Any, str, Any]]:
     content = source.get("content")
     for part in content if isinstance(content, list) else (content,):
         # Of parts, text is text and all else is reasoning (Mistral, Databricks).
-        kind = part.get("type") if isinstance(part, dict) else None
-        is_text = kind in (None, "text", "output_text")
+        is_text = _first_dict(part).get("type") in (None, "text", "output_text")
         yield (TextDelta if is_text else ReasoningDelta), _find_text(part), None
     refusal = source.get("refusal")
     yield RefusalDelta, refusal if isinstance(refusal, str) else "", None
 
 
 def _find_text(value: Any, depth: int = 0) -> str:
-    """The text in a str, in a part, or in a list of them; also a number, into which
-    Cloudflare's Workers AI turns tokens."""
+    """Of a str, a part, or a list; Cloudflare turns tokens into numbers."""
     if isinstance(value, str):
         return value
     if isinstance(value, (int, float)):
@@ -2489,11 +2306,10 @@ class _Choice:
         self._has_more = False  # something came after the last reason
         self._went_on = False  # something has ever come after a reason
         self._streamed: set[Any] = set()  # classes of the events that deltas gave
-        # By class of event: what messages said, where no delta did.
-        self._told: dict[Any, io.StringIO] = {}
+        self._told: dict[Any, io.StringIO] = {}  # what messages said instead, by class
         # By class of event, or by call: the first halves of surrogate pairs.
         self._halves: dict[Any, str] = {}
-        self._calls: list[_Call] = []
+        self.calls: list[_Call] = []
         self._known: dict[Any, _Call] = {}  # by the server's index, and by id
         self._has_tools = False
 
@@ -2532,9 +2348,8 @@ class _Choice:
         return events
 
     def _take_rest(self, message: dict[str, Any]) -> Iterator[tuple[Any, str, Any]]:
-        """What a message says that no delta has: it is a last summary, or the text so
-        far, or, if it does not begin with that, the next piece (NVIDIA NeMo Agent
-        Toolkit)."""
+        """What a message says that no delta has: a last summary, the text so far, or,
+        if it does not begin with that, the next piece (NVIDIA NeMo Agent Toolkit)."""
         whole: dict[Any, str] = {}
         members: dict[str, Any] = {}
         for kind, text, more in _read_texts(message):
@@ -2551,9 +2366,8 @@ class _Choice:
             yield kind, rest, None if is_told else renamed
 
     def _join(self, key: Any, text: str) -> str:
-        """Valid Unicode: JavaScript servers cut between the halves of a surrogate
-        pair."""
-        if text.isascii() and not self._halves:  # nearly always
+        """Valid Unicode: JavaScript servers cut inside a surrogate pair."""
+        if text.isascii() and not self._halves:
             return text
         text = self._halves.pop(key, "") + text
         if "\ud800" <= text[-1:] <= "\udbff":
@@ -2569,19 +2383,14 @@ class _Choice:
         ]
 
     def _read_calls(self, source: dict[str, Any]) -> list[_Delta]:
-        calls, legacy = source.get("tool_calls"), source.get("function_call")
-        if isinstance(calls, dict):  # TGI
-            calls = [calls]
-        if calls and isinstance(calls, list):
-            self._has_tools = True
-        elif isinstance(legacy, dict) and any(legacy.values()) and not self._has_tools:
-            # Before tools there was one function: call 0 (functionary,
-            # llama-cpp-python).
+        calls = _dicts(source.get("tool_calls"))  # an object alone: TGI
+        legacy = _first_dict(source.get("function_call"))
+        self._has_tools = self._has_tools or bool(calls)
+        if any(legacy.values()) and not self._has_tools:
+            # OpenAI's before tools: the one call (functionary, llama-cpp-python)
             calls = [{"index": 0, "function": legacy}]
-        else:
-            return []
         events: list[_Delta] = []
-        for part in [_Part(data) for data in calls if isinstance(data, dict)]:
+        for part in map(_Part, calls):
             call = self._find_call(part)
             is_news = call.name_it(part)
             if call.id:
@@ -2606,35 +2415,24 @@ class _Choice:
         none      else      none    the last call
 
         OpenAI numbers calls. Others send no index, or all whole ones with index 0
-        (Ollama, Cerebras, Gemini), or each fragment under an index of its own (Nebius,
-        ollama.com).
+        (Ollama, Cerebras, Gemini), or each fragment with one of its own (ollama.com).
         """
         has_index = part.index is not None
         call = self._known.get(part.index if has_index else part.id)
-        if call is None and self._calls and not part.name:
+        if call is None and self.calls and not part.name:
             call = self._known.get(part.id)
             if call is None and not (has_index and part.id):
-                call = self._calls[-1]
+                call = self.calls[-1]
         if call is None or call.is_followed_by(part):
-            if len(self._calls) >= _MAX_CALLS:
+            if len(self.calls) >= _MAX_CALLS:
                 raise StreamError(f"expected at most {_MAX_CALLS} tool calls, got more")
-            call = _Call(len(self._calls), self.index)
-            self._calls.append(call)
+            call = _Call(len(self.calls), self.index)
+            self.calls.append(call)
             if part.id:
                 self._known[part.id] = call
         if has_index and len(self._known) < 2 * _MAX_CALLS:
             self._known[part.index] = call
         return call
-
-    def maker_of(self, event: _Delta) -> Callable[[str], Event]:
-        """For the shortcut: what makes such an event of another text."""
-        if isinstance(event, ToolCallDelta):
-            return self._calls[event.index].make
-        index = self.index
-        if isinstance(event, TextDelta):
-            return (lambda text: TextDelta(text, index)) if index else TextDelta
-        (name,) = getattr(event, "extra", None) or [""]
-        return lambda text: ReasoningDelta(text, index, {name: text})
 
 
 class _Part:
@@ -2693,20 +2491,19 @@ class _Call:
         return ToolCallDelta(*known, arguments, extra, self._choice, self._type)
 
 
-# ----------------------------------------------
+# ---
 # The shortcut: chunks that differ in one string from the chunk before
-# ----------------------------------------------
+# ---
 
 # Most chunks are the chunk before with another string in them. Once that is proven for
 # a line, those that follow need no parser: the same bytes around a string literal are
 # the same JSON but for that string. Data that is read in full ends the use of a
-# matcher, so that nothing has changed since. Without all this the answer is the same,
-# and an event costs five times as much.
+# matcher. Without all this the answer is the same, and an event costs five times more.
 
 #: After so many that never matched no more are made.
 _PATIENCE = 8
 
-#: Bytes of a line from which one is made: from long ones a gzip bomb would make memory.
+#: Bytes of a line of which one is made: of long ones a gzip bomb would make memory.
 _MAX_LEARNED = 16 * 1024
 
 #: A member that OpenAI and others fill with random letters, against eavesdroppers.
@@ -2719,14 +2516,13 @@ def _match_nothing(line: bytes) -> Optional[Event]:
 
 def _make_matcher(
     line: bytes, chunk: dict[str, Any], event: _Delta, choice: _Choice
-) -> Callable[[bytes], Optional[Event]]:
-    """-> a function: a line -> its event, if it is like this line, or None. The proof:
-    with the text twice in its place, the line parses to the same JSON with the text
-    twice."""
+) -> Any:
+    """-> a function: a line like this one -> its event, or None. The proof: the line
+    with the text twice in its place is the same JSON with the text twice."""
     try:
-        holder, name = _find_hole(event, chunk)
+        holder, name, make = _find_hole(event, chunk, choice)
         text, said = holder[name], vars(event).get("text", vars(event).get("arguments"))
-        # Half of a surrogate pair may wait for the other one, in whatever member.
+        # Half of a surrogate pair may wait for the other one.
         if text != said or len(line) > _MAX_LEARNED or b"\\ud" in line.lower():
             return _match_nothing
         literal = json.dumps(text, ensure_ascii=False)[1:-1].encode()
@@ -2739,14 +2535,15 @@ def _make_matcher(
             middle, tail = tail[: padding.start(2)], tail[padding.end(2) :]
         twice = head + 2 * literal + middle + 2 * letters.encode() + tail
         twin: Any = (_parse_run(twice.decode("utf-8", "replace")) or [None])[0]
-        holder, _ = _find_hole(event, twin)
-        is_proven = holder[name] == 2 * text and (not key or twin[key] == 2 * letters)
+        holder, _, _ = _find_hole(event, twin, choice)
+        is_proven = holder[name] == 2 * text and twin.get(key, "") == 2 * letters
         holder[name] = text
-        if not is_proven or {**twin, **({key: letters} if key else {})} != chunk:
+        twin.update({key: letters} if key else {})
+        if not is_proven or twin != chunk:
             return _match_nothing
     except (LookupError, TypeError, ValueError, AttributeError):
         return _match_nothing
-    make, fixed = choice.maker_of(event), len(head) + len(tail)
+    fixed = len(head) + len(tail)
 
     def match(line: bytes) -> Optional[Event]:
         inner = line.removeprefix(head).removesuffix(tail)
@@ -2759,9 +2556,8 @@ def _make_matcher(
         try:
             text = inner.decode()
             if '"' in text or "\\" in text:
-                quoted = f'"{text}"'
-                text, end = _parse_json_at(quoted)
-                if end < len(quoted) or text != _valid_unicode(text):
+                text = json.loads(f'"{text}"')
+                if text != _valid_unicode(text):
                     return None
         except ValueError:
             return None
@@ -2770,30 +2566,34 @@ def _make_matcher(
     return match
 
 
-def _find_hole(event: _Delta, chunk: Any) -> tuple[dict[str, Any], str]:
-    """-> what holds the text of the event, and under which name. Raises LookupError and
-    so on where another text, or the same chunk again, might give other events."""
-    (choice,) = chunk["choices"]
-    delta = choice["delta"]
-    if _word(choice.get("finish_reason")) or choice.get("message"):
+def _find_hole(event: Any, chunk: Any, choice: _Choice) -> tuple[Any, str, Any]:
+    """-> what holds the event's text, under which name, and what makes another event.
+    Raises where another text, or the same chunk again, might give other events."""
+    (data,) = chunk["choices"]
+    delta, index = data["delta"], choice.index
+    if _word(data.get("finish_reason")) or data.get("message"):
         raise LookupError
     if isinstance(event, ToolCallDelta):
         (call,) = delta["tool_calls"]
         is_more = call["function"].get("name") or event.extra
         if is_more or type(call["index"]) is not int:
             raise LookupError
-        return call["function"], "arguments"
+        return call["function"], "arguments", choice.calls[event.index].make
     if delta.get("tool_calls") or delta.get("function_call"):
         raise LookupError
-    if isinstance(event, ReasoningDelta):
-        (name,) = event.extra or [""]
-        return delta, name
-    return delta, "content"
+    if isinstance(event, TextDelta):
+        return (
+            delta,
+            "content",
+            partial(TextDelta, choice=index) if index else TextDelta,
+        )
+    (name,) = event.extra or [""]
+    return delta, name, lambda text: ReasoningDelta(text, index, {name: text})
 
 
-# ----------------------------------------------
+# ---
 # Blocks of decode(); events -> messages
-# ----------------------------------------------
+# ---
 
 
 def _check_blocks(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -2813,10 +2613,10 @@ class _Assembly:
         self._choice = choice
         # By class of event, and by name of a member that is text.
         self._texts: dict[Any, io.StringIO] = collections.defaultdict(io.StringIO)
-        self._write = self._texts[TextDelta].write  # for nearly all events
+        self._write = self._texts[TextDelta].write
         self._extra: dict[str, Any] = {}
         self._calls: dict[int, ToolCall] = {}
-        self._arguments: dict[int, list[str]] = {}
+        self._arguments: dict[int, list[str]] = collections.defaultdict(list)
 
     def add(self, event: Any) -> None:
         if isinstance(event, TextDelta):
@@ -2828,7 +2628,7 @@ class _Assembly:
             call.name = event.name or call.name
             call.type = event.type
             call.extra.update(_copied(event.extra or {}))
-            self._arguments.setdefault(event.index, []).append(event.arguments)
+            self._arguments[event.index].append(event.arguments)
             return
         self._texts[type(event)].write(event.text)
         for name, value in (getattr(event, "extra", None) or {}).items():
@@ -2842,14 +2642,12 @@ class _Assembly:
                 self._extra[name] = _copied(value)
 
     def finish(self, finish_reason: Optional[str]) -> Message:
-        kinds = (TextDelta, ReasoningDelta, RefusalDelta)
-        content, reasoning, refusal = [self._texts[kind].getvalue() for kind in kinds]
+        texts = [self._texts[kind].getvalue() for kind in _DELTAS[:3]]
+        calls = tuple(self._finish_calls())
         for name in [name for name, value in self._extra.items() if value == ""]:
             self._extra[name] = _valid_unicode(self._texts[name].getvalue())
-        return Message(
-            *("assistant", content, reasoning, refusal),
-            *(tuple(self._finish_calls()), finish_reason, self._choice, self._extra),
-        )
+        fields: Any = (*texts, calls, finish_reason, self._choice, self._extra)
+        return Message("assistant", *fields)
 
     def _finish_calls(self) -> Iterator[ToolCall]:
         ids, seen = {""}, set()
@@ -2878,42 +2676,33 @@ def _copied(value: Any) -> Any:
 def _join_arguments(pieces: list[str]) -> str:
     """A tool call's arguments; once, where the server sent them more than once.
 
-    Only what is no JSON as it came is put right. Each piece that begins with a brace
-    may begin them anew; the last whole ones stand if all before say the same, in
-    whatever spelling, or a beginning of it ({} by Claude behind gateways, the text so
-    far by DeepSeek on Qianfan), but not inside another object that was cut."""
+    Only what is no JSON as it came is put right. A piece with a brace in front may
+    begin them anew; the last whole ones stand if all before say the same, in whatever
+    spelling, or a beginning of it ({} by Claude behind gateways, the text so far by
+    DeepSeek on Qianfan), but not inside an object that was cut."""
     whole = "".join(pieces)
     if _is_json(whole):
         return whole
-    parts: list[list[str]] = []
-    for piece in pieces:
-        if piece.lstrip().startswith("{") or not parts:
-            parts.append([])
-        parts[-1].append(piece)
+    starts = [i for i, piece in enumerate(pieces) if piece.lstrip()[:1] == "{" or not i]
+    parts = [pieces[i:end] for i, end in zip(starts, [*starts[1:], None])]
     texts = ["".join(part) for part in parts]
-    last = next((text for text in reversed(texts) if _is_json(text)), whole)
+    last = next(filter(_is_json, reversed(texts)), whole)
     for part, text in zip(parts, texts):
         start = "".join(text.split())
         is_inside = len(part) > 1 and start.endswith((":", ",", "["))
-        is_start = "".join(last.split()).startswith(start.rstrip("}")) and not is_inside
-        if not (is_start or _is_json(text) and _canonical(text) == _canonical(last)):
+        is_start = "".join(last.split()).startswith(start.rstrip("}"))
+        if (is_inside or not is_start) and _canonical(text) != _canonical(last):
             return whole
     return last
 
 
 def _is_json(text: str) -> bool:
-    try:
-        json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    values = _parse_run(text) or []
+    return len(values) == 1 and values != [_DONE]
 
 
 def _canonical(text: str) -> str:
-    return json.dumps(json.loads(text, strict=False), sort_keys=True)
-
-
-_DELTAS = (TextDelta, ReasoningDelta, RefusalDelta, ToolCallDelta)
+    return json.dumps(_parse_run(text), sort_keys=True)
 
 
 def _aggregate(events: Any, deltas: bool) -> _Events:
@@ -2922,8 +2711,9 @@ def _aggregate(events: Any, deltas: bool) -> _Events:
     def finish(reasons: Mapping[int, str]) -> list[Message]:
         made = [messages[c].finish(reasons.get(c)) for c in sorted(messages)]
         messages.clear()
-        names = ("content", "reasoning", "refusal", "tool_calls")
-        return [m for m in made if any(getattr(m, name) for name in names)]
+        return [
+            m for m in made if m.content or m.reasoning or m.refusal or m.tool_calls
+        ]
 
     try:
         for event in events:
@@ -2947,9 +2737,9 @@ def _aggregate(events: Any, deltas: bool) -> _Events:
             events.close()
 
 
-# ----------------------------------------------
+# ---
 # Command line, demo
-# ----------------------------------------------
+# ---
 
 
 def _parse_args(argv: Optional[list[str]]) -> Any:
@@ -2959,41 +2749,41 @@ def _parse_args(argv: Optional[list[str]]) -> Any:
         prog="chatstream",
         description="Stream a chat completion: its text to stdout, all else to stderr.",
         epilog="Exit status: 0 done; 1 an error; 2 a wrong argument; 3 the answer is not "
-        "whole (no finish_reason or one of failure, length, content_filter); 130 "
-        "interrupted. -o sets a member of the request's body, as JSON or else as text.",
+        "whole; 130 interrupted. -o sets a member of the request's body, as JSON or text.",
     )
     add = parser.add_argument
     add("words", nargs="*", metavar="PROMPT", help="its words; -: standard input")
-    add("-m", "--model", help="default: the environment variable CHATSTREAM_MODEL")
+    add("-m", "--model", help="default: the variable CHATSTREAM_MODEL")
     add("-p", "--provider", help=f"one of {', '.join(PROVIDERS)}")
     add("-u", "--base-url", help="another server, such as http://127.0.0.1:8080/v1")
-    add("--key-env", metavar="NAME", help="environment variable that holds the API key")
+    add("--key-env", metavar="NAME", help="the variable that holds the API key")
     add("-i", "-s", "--instructions", help="a leading system message")
     add("-o", "--option", metavar="NAME=VALUE", action="append", default=[])
     add("--usage", action="store_true", help="print the tokens used, on stderr")
     add("--json", action="store_true", help="one JSON object per event and line")
     add("--demo", action="store_true", help="answer from a server in this process")
-    add("--version", action="version", version=f"chatstream {__version__}")
     args = parser.parse_args(argv)
     args.model = args.model or os.environ.get("CHATSTREAM_MODEL")
     if not args.model and not args.demo:
         parser.error("no model: give -m MODEL or set CHATSTREAM_MODEL")
-    args.key = os.environ.get(args.key_env or "", "").strip() or None
+    args.key = os.environ.get(args.key_env or "", "").strip()
     if args.key_env and not args.key:
         parser.error(f"--key-env: the environment variable {args.key_env} is not set")
+    if args.demo:
+        args.model, args.provider, args.base_url = "demo", None, _serve_demo()
     args.body = {"stream_options": {"include_usage": True}} if args.usage else {}
-    for option in args.option:
-        name, equals, value = option.partition("=")
+    for name, equals, value in (option.partition("=") for option in args.option):
         if not name or not equals:
-            parser.error(f"-o: expected NAME=VALUE, got {option!r}")
-        args.body[name] = json.loads(value) if _is_json(value) else value
+            parser.error(f"-o: expected NAME=VALUE, got {name + equals!r}")
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+        args.body[name] = value
     return args
 
 
 class _Screen(logging.Handler):
-    """Text goes to stdout as it comes; all else, the warnings among it, to stderr.
-    Both may be one terminal, so a line of one is ended before the other writes, on
-    stderr."""
+    """Text goes to stdout, all else and warnings to stderr. Both may be one terminal, so
+    a line of one is ended before the other writes, on stderr."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -3007,11 +2797,11 @@ class _Screen(logging.Handler):
         self._is_open = self._is_open if is_note else not text.endswith("\n")
         print(text, end="", file=sys.stderr if is_note else sys.stdout, flush=True)
 
-    def line(self, text: str) -> None:
-        self.write(f"\n{text}\n" if self._has_note else f"{text}\n", is_note=True)
+    def line(self, text: str, start: str = "chatstream: ") -> None:
+        self.write("\n" * self._has_note + f"{start}{text}\n", is_note=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.line(f"chatstream: {record.getMessage()}")
+        self.line(record.getMessage())
 
     def end(self) -> None:
         if self._is_open or self._has_note:
@@ -3035,9 +2825,9 @@ def _main(argv: Optional[list[str]] = None) -> int:
     except OSError as error:
         # Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader has enough (`| head -1`)
+        if isinstance(error, BrokenPipeError):  # `| head -1`
             return 0
-        screen.line(f"chatstream: cannot write the answer: {error}")
+        screen.line(f"cannot write the answer: {error}")
         return 1
     finally:
         _log.removeHandler(screen)
@@ -3047,10 +2837,10 @@ def _answer_prompt(args: Any, screen: _Screen) -> int:
     try:
         events = stream(
             " ".join(args.words or ["hi"]) if args.demo else _read_prompt(args.words),
-            model=args.model or "demo",
+            model=args.model,
             instructions=args.instructions,
-            provider=None if args.demo else args.provider,
-            base_url=_serve_demo() if args.demo else args.base_url,
+            provider=args.provider,
+            base_url=args.base_url,
             api_key=args.key,
             extra_body=args.body,
         )
@@ -3058,54 +2848,52 @@ def _answer_prompt(args: Any, screen: _Screen) -> int:
     except ChatStreamError as error:
         screen.end()
         if args.json:
-            first = {"event": "error", "type": type(error).__name__}
-            first["message"] = str(error)
+            kind = type(error).__name__
+            first = {"event": "error", "type": kind, "message": str(error)}
             print(json.dumps({**first, **vars(error), **first}), flush=True)
-        screen.line(f"chatstream: {error}")
+        screen.line(str(error))
         return 1
     except (ValueError, TypeError) as error:
-        screen.line(f"chatstream: {error}")
+        screen.line(str(error))
         return 2
     screen.end()
     if args.usage:
         counts = vars(done.usage) if done.usage else {"usage": "none was sent"}
-        texts = [f"{name} {count}" for name, count in counts.items() if count]
-        screen.line(f"chatstream: {', '.join(texts)}")
+        screen.line(", ".join(f"{name} {n}" for name, n in counts.items() if n))
     reason = done.finish_reason or "no finish_reason"
-    is_short = reason in ("no finish_reason", "length", "content_filter")
-    if not is_short and not _is_failure(reason):
-        return 0
-    screen.line(f"chatstream: the answer is not whole ({reason})")
-    return 3
+    short = ("no finish_reason", "length", "content_filter")
+    if reason in short or _is_failure(reason):
+        screen.line(f"the answer is not whole ({reason})")
+        return 3
+    return 0
 
 
 def _read_prompt(words: list[str]) -> str:
-    """The words; standard input in the place of a word -, before them, or without them.
-    It is UTF-8, or UTF-16 where a byte order mark says so."""
+    """The words; standard input for a word -, before them, or without them: UTF-8, or
+    UTF-16 where a byte order mark says so."""
     import stat
 
-    is_asked, text = "-" in words or not words, ""
+    is_asked, data = "-" in words or not words, b""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
         if is_asked or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
             data = sys.stdin.buffer.read()
-            is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-            text = data.decode("utf-16" if is_utf16 else "utf-8-sig", "replace")
     except (OSError, AttributeError) as error:  # the second one where it is closed
         if is_asked:
             raise ValueError(f"standard input cannot be read: {error}") from None
-    text = text.rstrip("\r\n")
+    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    text = data.decode("utf-16" if is_utf16 else "utf-8-sig", "replace").rstrip("\r\n")
     if "-" in words:
         return " ".join(text if word == "-" else word for word in words)
-    return "\n\n".join(part for part in (text, " ".join(words)) if part)
+    return "\n\n".join(filter(None, (text, " ".join(words))))
 
 
 def _show(events: Iterable[Event], screen: _Screen, as_json: bool) -> Completed:
     done = Completed()
     for event in events if as_json else aggregate(events, deltas=True):
         if as_json:
-            fields = {"event": type(event).__name__, **asdict(event)}
-            print(json.dumps(fields), flush=True)
+            shown = json.dumps({"event": type(event).__name__, **asdict(event)})
+            print(shown, flush=True)
         elif isinstance(event, TextDelta) and event.choice == 0:
             screen.write(event.text)
         elif isinstance(event, (ReasoningDelta, RefusalDelta)) and event.text:
@@ -3115,13 +2903,13 @@ def _show(events: Iterable[Event], screen: _Screen, as_json: bool) -> Completed:
                 screen.end()
                 screen.write(f"\n{event.content}")
             for call in event.tool_calls:
-                screen.line(f"tool call: {call.name}({call.arguments})")
+                screen.line(f"{call.name}({call.arguments})", start="tool call: ")
         done = event if isinstance(event, Completed) else done
     return done
 
 
 def _serve_demo() -> str:
-    """A chat-completions server of a few lines on loopback. -> its base URL."""
+    """A chat-completions server on loopback. -> its base URL."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):
@@ -3129,17 +2917,17 @@ def _serve_demo() -> str:
             length = int(self.headers["Content-Length"])
             prompt = json.loads(self.rfile.read(length))["messages"][-1]["content"]
             text = f"You said: {prompt}\nEach word came as an event of its own."
-            self.send_response(200)
-            self.end_headers()
             words = re.findall(r"\s*\S+", text)
             choices: list[Any] = [{"delta": {"content": word}} for word in words]
+            usage = {"completion_tokens": len(words)}
+            self.send_response(200)
+            self.end_headers()
             for choice in [*choices, {"finish_reason": "stop"}]:
-                usage = {"completion_tokens": len(words)}
-                chunk = {"choices": [choice], "usage": usage}
-                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+                chunk = json.dumps({"choices": [choice], "usage": usage})
+                self.wfile.write(f"data: {chunk}\n\n".encode())
                 time.sleep(0.05)
 
-        def log_message(self, format: str, *args: Any) -> None:
+        def log_message(self, *_: Any) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -1872,21 +1872,20 @@ WRONG_VALUES = {
     "idle_timeout": [-1, float("nan")], "event_timeout": [float("inf"), 10**400],
     "deadline": [2_147_484], "max_retries": [-1], "provider": ["opanai"],
     "api_key": [KEY + "\n", KEY + "\u201d", "  ", f'"{KEY}"', f"'{KEY}'"],
-    "headers": [{"X-Key": KEY + "\r\nX: y"}, {f"X\n{KEY}": "v"}, {"Content-Length": "5"},
-                {"transfer-encoding": "x"}, {f"Authorization: {KEY}": "x"}, {"X": "a\x7f"}, {"": "x"}],
+    "headers": [{"X-Key": KEY + "\r\nX: y"}, {f"X\n{KEY}": "v"}, {f"Authorization: {KEY}": "x"},
+                {"X": "a\x7f"}, {"": "x"}],
     "base_url": [
         "", "127.0.0.1/v1", "ftp://x/v1", "http://", "http://x:99999/", "http://x:0/", "http://[::1/v1",
         "http://a b/v1", "http://x/v1#f", "http://x/\ud800", f"user:{KEY}@x/v1", f"http:/user:{KEY}@x",
         f"http://user:{KEY}@x/v1", f"http:///user:{KEY}@x/", f"http://user:{KEY}#x@x",
         f"http://x/v1#{KEY}", "http://127.0.0.1\\.trusted.example/v1", "http://a..b/v1", "http://-/v1\\x",
-        "http://%41/v1", "http://x/v1/chat/completions", "http://x/chat/completions/",
-        "http://" + "a" * 70 + ".b/v1", "http://-x.test/v1", "http://" + "a." * 127 + "test/v1"],
+        "http://" + "a" * 70 + ".b/v1", "http://x/v1/chat/completions", "http://x/chat/completions/"],
 }
 WRONG_ELSEWHERE = [
     ({"messages": ["x"]}, TypeError, r"messages\[0\]"),
     ({"messages": [{}, None]}, TypeError, r"messages\[1\]"),
     ({"messages": []}, ValueError, r"^messages: empty"),
-    ({"messages": [{"content": b"x"}]}, TypeError, "JSON.*bytes"),
+    ({"messages": [{"content": b"x"}]}, TypeError, "bytes.*JSON"),
     ({"base_url": "http://x/v1/chat/completions"}, ValueError,
      "only what is before /chat/completions"),
     ({"base_url": f"http://user:{KEY}@x/v1"}, ValueError, "user:password@"),
@@ -1897,7 +1896,7 @@ WRONG_ELSEWHERE = [
     ({"stream": False}, TypeError, "aggregate"),
     ({"extra_body": {"stream": False}}, TypeError, "aggregate"),
     ({"temperature": float("nan")}, ValueError, "JSON"),
-    ({"tools": {1, 2}}, TypeError, "JSON.*set"),
+    ({"tools": {1, 2}}, TypeError, "set.*JSON"),
 ]
 
 def wrong_arguments():
