@@ -38,7 +38,7 @@ Errors:
       TransportError          no connection, or cut before the first event
       DeadlineError           too long (also a TimeoutError)
       CancelledError          cancel() was called
-      StreamError             a 2xx answer went wrong
+      StreamError             an answer went wrong
         IdleTimeoutError      silence (also a TimeoutError)
         TruncatedStreamError  cut in the middle
         MalformedChunkError   strict=True: no JSON object
@@ -74,8 +74,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Callable, ClassVar, Optional, Union
 
-# http.client, ssl, urllib and others are imported where they are needed first: they are
-# most of the time that a start takes.
+# http.client, ssl, urllib and others are imported where they are needed first: to import
+# them is most of the start-up time.
 
 __version__ = "1.2.0"
 
@@ -102,7 +102,7 @@ _log = logging.getLogger("chatstream")
 # messages, options -> _Request -> _run: tries, waits -> _attempt: one request
 #     http.client over a kept or a new connection, or the caller's pool
 #         -> _Reply: status, headers, bytes
-#         -> _receive: framing (chunked | length | to the end) -> _unpack: gzip, zlib
+#         -> _unframe: chunked | length | to the end -> _unpack: gzip, zlib
 #         -> _read_answer: the loop over the bytes, and the clock
 #     feed(bytes), end(cut)
 #         -> _Answer: lines -> JSON -> chunks -> choices, tool calls (no I/O, no time)
@@ -110,7 +110,7 @@ _log = logging.getLogger("chatstream")
 #         -> stream(), decode() -> aggregate() -> complete()
 #
 # 1. Each fact has one owner, which alone changes it. Time and cancelling are the
-#    _Clock's; where a body ends, _receive() knows; what was said, the _Answer.
+#    _Clock's; where a body ends, _unframe() knows; what was said, the _Answer.
 # 2. There is one rule of reading: JSON counts, however it is framed; what nobody can
 #    read is said, never dropped. A quirk of a server is covered by a rule, or not.
 # 3. A cut is never a success: an answer that breaks off ends in an error.
@@ -214,7 +214,7 @@ class CancelledError(ChatStreamError):
 
 
 class StreamError(ChatStreamError):
-    """A 2xx answer went wrong: no chat completion, or too large, or one of these."""
+    """An answer went wrong: no chat completion, or too large, or one of these."""
 
 
 class IdleTimeoutError(StreamError, TimeoutError):
@@ -556,7 +556,7 @@ def stream(
     Raises ValueError, TypeError and MissingAPIKeyError at the call, and the other
     ChatStreamErrors out of the loop."""
     arguments = dict(locals())
-    del api_key, headers  # a traceback that is shown with its locals shows no key
+    del api_key, headers  # _start() empties the rest: no key in a traceback's locals
     return _start(arguments, whole=False)
 
 
@@ -677,7 +677,7 @@ def _start(arguments: dict[str, Any], *, whole: bool) -> _Events:
 
 def _prepare(given: _Request) -> _Request:
     provider, source = _choose_provider(given.provider, given.base_url)
-    url = _parse_url(source, provider.base_url)
+    url = _parse_url(source, _expect(source, provider.base_url, str))
     key = _choose_key(provider, given.api_key, source == "OPENAI_BASE_URL")
     ours = {
         "Accept": "text/event-stream",
@@ -721,16 +721,15 @@ def _expect(name: str, value: Any, *kinds: Any) -> Any:
 
 
 def _choose_provider(given: Any, base_url: Any) -> tuple[Provider, str]:
-    """-> the provider with its URL, and its source for error texts."""
-    _expect("base_url", base_url, str, None)
+    """-> the provider with its URL, and the URL's source."""
     hint = " (extra_body= takes OpenRouter's)" if isinstance(given, Mapping) else ""
-    name = _expect(f"provider{hint}", given, str, Provider, None)
-    if name is None and base_url is not None:  # some server: no key of ours goes there
+    _expect(f"provider{hint}", given, str, Provider, None)
+    if not given and base_url is not None:  # some server: no key of ours goes there
         return Provider("base_url", base_url), "base_url"
-    found = name if isinstance(name, Provider) else PROVIDERS.get(name or "openai")
+    found = given if isinstance(given, Provider) else PROVIDERS.get(given or "openai")
     if found is None:
         known = ", ".join(PROVIDERS)
-        raise ValueError(f"provider: expected one of {known}; got {name!r}")
+        raise ValueError(f"provider: expected one of {known}; got {given!r}")
     if base_url is not None:
         return replace(found, base_url=base_url), "base_url"
     elsewhere = os.environ.get("OPENAI_BASE_URL", "").strip()
@@ -807,7 +806,7 @@ def _parse_url(source: str, base_url: str) -> _URL:
         ("@" in base_url.partition("?")[0], "no user:password@ (use api_key=)"),
         # IDNA 2003, which Python knows, sends some names to another domain.
         (not host.isascii(), "the host in its xn-- form"),
-        (url.scheme not in _PORTS or not host or port == 0, "nothing else"),
+        (url.scheme not in _PORTS or not host or port == 0, "in this form"),
         # Some clients take a backslash for a slash.
         (re.search("[\0- \\\\\x7f#\ud800-\udfff]", base_url), "no blank, no \\, no #"),
         (path.endswith("/chat/completions"), "only what is before /chat/completions"),
@@ -877,7 +876,7 @@ def _encode(body: dict[str, Any]) -> bytes:
 # ---
 
 #: In the names of headers whose values are secret.
-_SECRET = re.compile("auth|key|token|secret|cookie", re.IGNORECASE)
+_SECRET = re.compile("auth|key|token|secret|cookie|pass", re.IGNORECASE)
 
 
 class _Secrets:
@@ -945,9 +944,9 @@ def _valid_unicode(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _dump(value: Any) -> str:
+def _dump(value: Any, **options: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, **options)
     except RecursionError:
         return '"..."'
 
@@ -1156,6 +1155,14 @@ def _attempt(request: _Request, clock: _Clock) -> _Events:
 _GRACE_SECONDS = 0.05
 
 
+#: The statuses and words of errors that another try may heal.
+_PASSING = {*map(str, (408, 429, *range(500, 600))), "server_error", "overloaded_error"}
+_PASSING |= {"rate_limit_error", "rate_limit_exceeded"}
+
+#: What none heals, anywhere in an error.
+_SPENT = "insufficient_quota"
+
+
 def _read_reply(request: _Request, reply: _Reply, clock: _Clock, name: str) -> _Events:
     known = Completed(request_id=name, headers=dict(reply.headers))
     hide, asked = request.secrets.hide, request.choices
@@ -1183,14 +1190,6 @@ def _read_reply(request: _Request, reply: _Reply, clock: _Clock, name: str) -> _
                     pass
 
 
-#: The statuses and words of errors that another try may heal.
-_PASSING = {*map(str, (408, 429, *range(500, 600))), "server_error", "overloaded_error"}
-_PASSING |= {"rate_limit_error", "rate_limit_exceeded"}
-
-#: What none heals, anywhere in an error.
-_SPENT = "insufficient_quota"
-
-
 def _may_retry(headers: Mapping[str, str], may_heal: bool) -> bool:
     asked = headers.get("x-should-retry", "").lower()
     return {"true": True, "false": False}.get(asked, may_heal)
@@ -1206,7 +1205,7 @@ def _retry_after(headers: Mapping[str, str], text: str) -> Optional[float]:
     delay = found[1] if found else ""
     milliseconds, seconds = [headers.get(f"retry-after{n}", "") for n in ("-ms", "")]
     for value, unit in ((milliseconds, 0.001), (seconds, 1), (delay, 1)):
-        # What nonsense raises in parsedate(), the last one on 3.9
+        # Of nonsense in parsedate(), the last one on 3.9
         with suppress(TypeError, ValueError, OverflowError, IndexError):
             if value[:1].isalpha():
                 wait = calendar.timegm(parsedate(value) or ()) - time.time()
@@ -1225,7 +1224,7 @@ def _retry_after(headers: Mapping[str, str], text: str) -> Optional[float]:
 # Content-Length for a clean end, and hands over one chunk a call: to join all that one
 # recv() brings halves the cost of an event.
 
-#: Bytes of a read; at least its file's buffer, so that none is left in there.
+#: Bytes of a read; at least its file's buffer, so that none stay in there.
 _BLOCK_SIZE = max(65536, io.DEFAULT_BUFFER_SIZE)
 
 
@@ -1385,8 +1384,8 @@ def _unpack(blocks: Iterable[bytes], clock: _Clock) -> Iterator[bytes]:
 class _Reply:
     """A reply whose headers are there, and its connection.
 
-    response: http.client's, or a tool's, whose read() gives the body unframed if it has
-        no file. release: takes whether to keep the connection."""
+    response: http.client's, or a mock's, whose read() gives the body unframed if it has
+        no file. release: takes whether to keep it."""
 
     def __init__(
         self, response: Any, sock: Any, clock: _Clock, release: Any, where: str
@@ -1431,7 +1430,7 @@ class _Reply:
 
 
 def _pass_on(error: BaseException) -> None:
-    """Raise it, unless it is the network's."""
+    """Raise it, unless the network broke; a timeout is the clock's."""
     import http.client
 
     kinds = (OSError, http.client.HTTPException)
@@ -1453,10 +1452,8 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
         if "https" in (url.scheme, peer.scheme):
             import ssl
 
-            make, cert_file = (
-                http.client.HTTPSConnection,
-                os.environ.get("SSL_CERT_FILE"),
-            )
+            make = http.client.HTTPSConnection
+            cert_file = os.environ.get("SSL_CERT_FILE")
             options["context"] = _tls_context(ssl.SSLContext, cert_file)
         key = (make, peer.origin, tunnel, options.get("context"))
         connection = _take_idle(key)
@@ -1498,7 +1495,7 @@ def _exchange(
         )
 
     def release(is_reusable: bool) -> None:
-        if is_reusable and not closes:
+        if is_reusable and not closes and len(_idle.get(key, ())) < 256:
             _idle.setdefault(key, []).append(connection)
         else:  # in a forked child the connection is still its parent's
             _close(connection, sock if os.getpid() == owner else None)
@@ -1532,7 +1529,7 @@ _idle: dict[Any, list[Any]] = {}
 
 
 def _take_idle(key: Any) -> Any:
-    """Nothing may have come on it: an end, or a stray 408, would be the next reply."""
+    """Not one on which something came: an end or a stray 408 would be the reply."""
     with suppress(LookupError):  # none is left
         while True:
             connection = _idle[key].pop()
@@ -1816,7 +1813,8 @@ def _error_facts(value: Any, hide: Callable[[str], str]) -> dict[str, Any]:
     known = {**body, **next(filter(None, parts), {})}
 
     def first(*names: str) -> Any:
-        return next((known[n] for n in names if known.get(n) is not None), None)
+        found = map(known.get, names)
+        return next((v for v in found if isinstance(v, (str, int, float))), None)
 
     found = [text for text in map(str.strip, _find_sentences(value)) if text]
     said = next((text for text in found if " " in text), found[0] if found else "")
@@ -1891,7 +1889,7 @@ def _has_bad_code(value: Any) -> bool:
 # The answer: lines -> JSON -> chunks
 # ---
 
-#: Among the JSON values of a text.
+#: Stands for [DONE] among them.
 _DONE = "[DONE]"
 
 #: What may stand around JSON: frameworks add a `data:`, GLM omits line ends.
@@ -1940,6 +1938,10 @@ _MAX_EVENT = 64 * 1024 * 1024
 
 #: No model makes as many.
 _MAX_CHOICES = _MAX_CALLS = 1024
+
+
+#: After so many shortcuts that were never taken no more are made.
+_PATIENCE = 8
 
 
 class _Answer:
@@ -2021,7 +2023,7 @@ class _Answer:
 
     def _read_line(self, line: bytes) -> _Events:
         """A line of an event (WHATWG SSE, 9.2.6), or JSON alone."""
-        line, at = line.removeprefix(b"\xef\xbb\xbf"), 0  # a BOM, at the start
+        line, at = line.removeprefix(b"\xef\xbb\xbf"), 0  # a BOM
         while line.startswith(b"data:", at):
             at += 6 if line.startswith(b" ", at + 5) else 5
         text = line[at:].decode("utf-8", "replace")
@@ -2056,7 +2058,7 @@ class _Answer:
         elif self._name == "error":
             is_cut = True
         elif self._pending:
-            is_cut = self._pending[0].lstrip()[:1] != "{" or not _has_chunk(values)
+            is_cut = not (re.match(r"\s*{", self._pending[0]) and _has_chunk(values))
             if not is_cut:
                 yield from self._read_pending()
         if is_cut:
@@ -2110,7 +2112,8 @@ class _Answer:
             events = self._read_chunk(value, error is not None)
             if line and len(events) == 1 and not (self._raw or self._name):
                 # Unless they are never taken, make a shortcut of it.
-                self._wasted *= self.said <= self._learned_at + 1
+                if self.said > self._learned_at + 1:  # the last one was used
+                    self._wasted = 0
                 if self._wasted < _PATIENCE:
                     choice = self._choices[events[0].choice]
                     self._match = _make_matcher(line, value, events[0], choice)
@@ -2240,7 +2243,7 @@ _DETAILS = ("prompt_tokens_details", "completion_tokens_details")
 
 def _make_usage(data: dict[str, Any]) -> Usage:
     usage = Usage()
-    for place in (*map(_first_dict, map(data.get, _DETAILS)), data):
+    for place in (data, *map(_first_dict, map(data.get, _DETAILS))):
         for name, value in place.items():
             ours = _COUNTS.get(name, name)
             if ours in vars(usage) and ours != "extra":
@@ -2357,11 +2360,12 @@ class _Choice:
             members.update(more or {})
         for kind in [kind for kind in whole if kind not in self._streamed]:
             text, told = whole[kind], self._told.setdefault(kind, io.StringIO())
+            size = told.tell()
             # Compared only with what is as long: so pieces cost linear time.
-            start = told.getvalue() if len(text) >= told.tell() else "\ud800"
-            rest = text[told.tell() :] if text.startswith(start) else text
+            goes_on = len(text) >= size and text.startswith(told.getvalue())
+            rest = text[size:] if goes_on else text
             told.write(rest)
-            is_told = kind is not ReasoningDelta or (start and not rest)
+            is_told = kind is not ReasoningDelta or (size and not rest)
             renamed = {n: rest if v == text else v for n, v in members.items()}
             yield kind, rest, None if is_told else renamed
 
@@ -2459,7 +2463,7 @@ class _Call:
         self.id = ""
         self.name = ""
         self.has_arguments = False
-        self._first_piece = ""  # of the arguments, as long as it is the only one
+        self._only_piece = ""  # of the arguments
         self._position = position
         self._choice = choice
         self._type = "function"
@@ -2472,7 +2476,7 @@ class _Call:
             return True
         if part.name != self.name:
             return self.has_arguments
-        is_whole = self._first_piece[:1] == "{" and _is_json(self._first_piece)
+        is_whole = self._only_piece[:1] == "{" and _is_json(self._only_piece)
         return is_whole and bool(part.arguments and not part.id)
 
     def name_it(self, part: _Part) -> bool:
@@ -2485,7 +2489,7 @@ class _Call:
 
     def make(self, arguments: str, extra: Optional[dict[str, Any]] = None) -> _Delta:
         if arguments:
-            self._first_piece = "" if self.has_arguments else arguments
+            self._only_piece = "" if self.has_arguments else arguments
             self.has_arguments = True
         known = (self._position, self.id, self.name)
         return ToolCallDelta(*known, arguments, extra, self._choice, self._type)
@@ -2499,9 +2503,6 @@ class _Call:
 # a line, those that follow need no parser: the same bytes around a string literal are
 # the same JSON but for that string. Data that is read in full ends the use of a
 # matcher. Without all this the answer is the same, and an event costs five times more.
-
-#: After so many that never matched no more are made.
-_PATIENCE = 8
 
 #: Bytes of a line of which one is made: of long ones a gzip bomb would make memory.
 _MAX_LEARNED = 16 * 1024
@@ -2534,7 +2535,7 @@ def _make_matcher(
             key, letters = padding[1].decode(), padding[2].decode()
             middle, tail = tail[: padding.start(2)], tail[padding.end(2) :]
         twice = head + 2 * literal + middle + 2 * letters.encode() + tail
-        twin: Any = (_parse_run(twice.decode("utf-8", "replace")) or [None])[0]
+        (twin,) = _parse_run(twice.decode("utf-8", "replace")) or []
         holder, _, _ = _find_hole(event, twin, choice)
         is_proven = holder[name] == 2 * text and twin.get(key, "") == 2 * letters
         holder[name] = text
@@ -2582,11 +2583,8 @@ def _find_hole(event: Any, chunk: Any, choice: _Choice) -> tuple[Any, str, Any]:
     if delta.get("tool_calls") or delta.get("function_call"):
         raise LookupError
     if isinstance(event, TextDelta):
-        return (
-            delta,
-            "content",
-            partial(TextDelta, choice=index) if index else TextDelta,
-        )
+        make: Any = partial(TextDelta, choice=index) if index else TextDelta
+        return delta, "content", make
     (name,) = event.extra or [""]
     return delta, name, lambda text: ReasoningDelta(text, index, {name: text})
 
@@ -2687,11 +2685,12 @@ def _join_arguments(pieces: list[str]) -> str:
     parts = [pieces[i:end] for i, end in zip(starts, [*starts[1:], None])]
     texts = ["".join(part) for part in parts]
     last = next(filter(_is_json, reversed(texts)), whole)
+    flat, same = "".join(last.split()), _canonical(last)
     for part, text in zip(parts, texts):
         start = "".join(text.split())
         is_inside = len(part) > 1 and start.endswith((":", ",", "["))
-        is_start = "".join(last.split()).startswith(start.rstrip("}"))
-        if (is_inside or not is_start) and _canonical(text) != _canonical(last):
+        is_start = flat.startswith(start.rstrip("}")) and not is_inside
+        if not (is_start or _canonical(text) == same):
             return whole
     return last
 
@@ -2702,7 +2701,7 @@ def _is_json(text: str) -> bool:
 
 
 def _canonical(text: str) -> str:
-    return json.dumps(_parse_run(text), sort_keys=True)
+    return _dump(_parse_run(text), sort_keys=True)
 
 
 def _aggregate(events: Any, deltas: bool) -> _Events:
