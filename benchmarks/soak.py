@@ -10,7 +10,7 @@ grows. --pool: through a urllib3 PoolManager.
 import argparse
 import asyncio
 import collections
-import json
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -30,27 +30,26 @@ TEXT = "".join(f"word{n} " for n in range(EVENTS))
 FAULTS = "comments broken late open unmarked reset-before-headers close-before-headers"
 FAULTS += " 429 500 stalled-500 cut reset garbage silence error" + 8 * " none"
 FAULTS = FAULTS.split()
+BAD = {"error": 'data: {"error":{"message":"soaked"}}\n\n', "broken": 'data: {"bro\n\n'}
+EVENT = 'data: {"id":"s","choices":[{"index":0,"delta":{%s},"finish_reason":%s}]}\n\n'
 
 
-def event(delta, finish=None):
-    choice = {"index": 0, "delta": delta, "finish_reason": finish}
-    return f"data: {json.dumps({'id': 'soak', 'choices': [choice]})}\n\n"
-
-
-async def answer(fault, writer):
+async def answer(reader, writer, fault):
     """Play one fault. -> whether the connection may go on."""
 
     def send(text):
         writer.write(f"{len(text):x}\r\n{text}\r\n".encode())
 
+    head = await reader.readuntil(b"\r\n\r\n")
+    await reader.readexactly(int(head.lower().split(b"length:")[1].split()[0]))
     if "before-headers" in fault:
         return writer.transport.abort() if fault.startswith("reset") else False
     if fault[-3:] in ("429", "500"):
-        length = 99 if fault.startswith("stalled") else 2
-        head = f"HTTP/1.1 {fault[-3:]} No\r\nContent-Length: {length}\r\n"
+        stalls = fault.startswith("stalled")
+        head = f"HTTP/1.1 {fault[-3:]} No\r\nContent-Length: {99 if stalls else 2}\r\n"
         writer.write(f"{head}retry-after-ms: 20\r\n\r\n{{}}".encode())
-        await asyncio.sleep(20 if length > 2 else 0)
-        return length == 2
+        await asyncio.sleep(20 if stalls else 0)
+        return not stalls
     writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     breaks_at = random.randrange(EVENTS)
     for number in range(EVENTS):
@@ -58,42 +57,29 @@ async def answer(fault, writer):
             writer.write(b"zz\r\n" if fault == "garbage" else b"")
             await asyncio.sleep(IDLE_TIMEOUT * 3 if fault == "silence" else 0)
             return writer.transport.abort() if fault == "reset" else False
-        if number == breaks_at and fault == "error":
-            send('data: {"error":{"message":"soaked"}}\n\n')
-        if number == breaks_at and fault == "broken":
-            send('data: {"broken\n\n')
+        if number == breaks_at and fault in BAD:
+            send(BAD[fault])
         if fault == "comments":
             send(": still there\n\n")
-        send(event({"content": f"word{number} "}))
+        send(EVENT % (f'"content":"word{number} "', "null"))
         await writer.drain()
         await asyncio.sleep(PAUSE)
-    send(event({}, "stop") + "data: [DONE]\n\n" * (fault != "unmarked"))
+    send(EVENT % ("", '"stop"') + "data: [DONE]\n\n" * (fault != "unmarked"))
     await asyncio.sleep({"open": 5, "late": 0.02}.get(fault, 0))
     writer.write(b"0\r\n\r\n")
     return fault != "open"
 
 
 async def connection(reader, writer):
-    try:
-        goes_on = True
-        while goes_on:
-            head = await reader.readuntil(b"\r\n\r\n")
-            await reader.readexactly(int(head.lower().split(b"length:")[1].split()[0]))
-            goes_on = await answer(random.choice(FAULTS), writer)
+    with contextlib.suppress(OSError, EOFError), contextlib.closing(writer):
+        while await answer(reader, writer, random.choice(FAULTS)):
             await writer.drain()
-    except (OSError, EOFError):
-        pass  # the client left
-    finally:
-        writer.close()
 
 
-def serve(port):
-    async def main():
-        server = await asyncio.start_server(connection, "127.0.0.1", 0, backlog=1000)
-        port.put(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
-
-    asyncio.run(main())
+async def serve(port):
+    server = await asyncio.start_server(connection, "127.0.0.1", 0, backlog=1000)
+    port.put(server.sockets[0].getsockname()[1])
+    await server.serve_forever()
 
 
 def stream_until(end, outcomes, options):
@@ -120,9 +106,9 @@ def main():
     parser.add_argument("--pool", action="store_true")
     args = parser.parse_args()
     logging.getLogger("chatstream").setLevel(logging.ERROR)
-    port = multiprocessing.Queue()
-    server = multiprocessing.Process(target=serve, args=(port,), daemon=True)
-    server.start()
+    fork = multiprocessing.get_context("fork")
+    port = fork.Queue()
+    fork.Process(target=lambda: asyncio.run(serve(port)), daemon=True).start()
     url = f"http://127.0.0.1:{port.get(timeout=10)}/v1"
     options = {"base_url": url, "idle_timeout": IDLE_TIMEOUT}
     if args.pool:
@@ -131,11 +117,10 @@ def main():
         options["pool"] = urllib3.PoolManager(maxsize=args.threads)
     before, outcomes = len(os.listdir("/proc/self/fd")), collections.Counter()
     end = time.monotonic() + args.seconds
-    threads = []
-    for _ in range(args.threads):
-        job = (end, outcomes, options)
-        threads.append(threading.Thread(target=stream_until, args=job, daemon=True))
-        threads[-1].start()
+    job = {"target": stream_until, "args": (end, outcomes, options), "daemon": True}
+    threads = [threading.Thread(**job) for _ in range(args.threads)]
+    for thread in threads:
+        thread.start()
     time.sleep(args.seconds / 2)
     halfway = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for thread in threads:
@@ -143,7 +128,6 @@ def main():
     hanging = sum(thread.is_alive() for thread in threads)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - halfway
     kept = len(os.listdir("/proc/self/fd")) - before
-    server.terminate()
     for name, count in outcomes.most_common():
         print(f"{count:7} {name}")
     print(f"hanging threads {hanging}; connections kept {kept}; grown by {grown} KiB")
