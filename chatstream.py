@@ -1,5 +1,5 @@
 # chatstream 1.2.0: stream a chat completion from a Python script. One file, MIT.
-# Copy this file beside your code. Its distribution, chatstream-py, has recipes.
+# Copy this file beside your code; its distribution is chatstream-py.
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the chatstream authors; the licence is at the end of this file.
 # pyright: standard
@@ -798,7 +798,7 @@ def _parse_url(source: str, base_url: str) -> _URL:
     try:
         url = urlsplit(base_url)
         host, port = url.hostname or "", url.port
-        host.encode("idna")  # its labels have 1 to 63 characters
+        host.encode("idna")  # labels of 1 to 63 characters
     except ValueError:
         url, host, port = urlsplit(""), "", None
     path = url.path.rstrip("/")
@@ -924,7 +924,7 @@ def _chain(error: Optional[BaseException]) -> list[BaseException]:
     return found
 
 
-#: Characters of a sentence, of a quotation, and of an error's text.
+#: Characters of a sentence, a quotation, an error's text.
 _MAX_SENTENCE, _MAX_QUOTE, _MAX_TEXT = 2000, 200, 4000
 
 #: What a terminal would obey.
@@ -1060,7 +1060,7 @@ class _Clock:
     def cancel(self) -> None:
         with self._lock:
             self._cancelled = self.is_pressing = True
-            with suppress(RuntimeError):  # a second time
+            with suppress(RuntimeError):
                 self._sleeping.release()
             # SSLSocket's own would take the TLS object away under the reader.
             with suppress(OSError, TypeError):
@@ -1318,7 +1318,7 @@ def _dechunk(blocks: Iterable[bytes]) -> Generator[bytes, None, bool]:
                 size = _parse_size(line)
                 end = at + size
                 pieces.append(block[at:end])
-                if size > 0 and block[end : end + 2] == b"\r\n":  # nearly always
+                if size > 0 and block[end : end + 2] == b"\r\n":
                     at = end + 2
                     continue
                 left, at = max(end - len(block), 0), min(end, len(block))
@@ -1327,7 +1327,7 @@ def _dechunk(blocks: Iterable[bytes]) -> Generator[bytes, None, bool]:
             elif expected == "end":
                 expected = "size"
                 fault = "a chunk is longer than its size" if line.strip() else ""
-            elif not line.strip():  # which ends the trailers
+            elif not line.strip():
                 yield b"".join(pieces)
                 return at < len(block)
         unread = block[at:]
@@ -1358,7 +1358,7 @@ def _unpack(blocks: Iterable[bytes], clock: _Clock) -> Iterator[bytes]:
         yield start
         yield from blocks
         return
-    inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)  # either of them
+    inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
     for block in itertools.chain([start], blocks):
         for at in range(0, len(block), 1024):  # of which come at most some MiB
             plain, fault = [], ""
@@ -1497,7 +1497,7 @@ def _exchange(
     def release(is_reusable: bool) -> None:
         if is_reusable and not closes and len(_idle.get(key, ())) < 256:
             _idle.setdefault(key, []).append(connection)
-        else:  # in a forked child the connection is still its parent's
+        else:  # a forked child's connection is still its parent's
             _close(connection, sock if os.getpid() == owner else None)
 
     sock = connection.sock
@@ -1524,7 +1524,7 @@ def _stalled(where: str) -> TransportError:
     return TransportError(f"{where}: timed out while sending the request")
 
 
-#: Kept connections, by class, peer, tunnel and TLS context.
+#: Kept connections by class, peer, tunnel and TLS context.
 _idle: dict[Any, list[Any]] = {}
 
 
@@ -1829,6 +1829,8 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _first_dict(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict) or not value:
+        return value or {}
     return next(iter(_dicts(value)), {})
 
 
@@ -2165,7 +2167,7 @@ class _Answer:
             if len(self._choices) > _MAX_CHOICES:
                 raise StreamError(f"expected at most {_MAX_CHOICES} choices, got more")
         holders = [*choices, _first_dict(chunk.get("x_groq")), chunk]  # Moonshot, Groq
-        usages = [*filter(None, (_first_dict(data.get("usage")) for data in holders))]
+        usages = _dicts([data["usage"] for data in holders if data.get("usage")])
         for usage in map(_make_usage, usages):
             # The last stands; many send zeros or null before or after.
             if done.usage is None or replace(usage, extra={}) != Usage():
@@ -2278,7 +2280,8 @@ def _read_texts(source: dict[str, Any]) -> Iterator[tuple[Any, str, Any]]:
     content = source.get("content")
     for part in content if isinstance(content, list) else (content,):
         # Of parts, text is text and all else is reasoning (Mistral, Databricks).
-        is_text = _first_dict(part).get("type") in (None, "text", "output_text")
+        kind = part.get("type") if isinstance(part, dict) else None
+        is_text = kind in (None, "text", "output_text")
         yield (TextDelta if is_text else ReasoningDelta), _find_text(part), None
     refusal = source.get("refusal")
     yield RefusalDelta, refusal if isinstance(refusal, str) else "", None
