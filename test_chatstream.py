@@ -69,10 +69,10 @@ try:
 except ImportError:
     urllib3 = None
 
-needs_urllib3 = pytest.mark.skipif(urllib3 is None, reason="urllib3 is not installed")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 HERE = pathlib.Path(__file__).parent
+SOURCE = pathlib.Path(cs.__file__).read_text(encoding="utf-8")
 KEY = "sk-secret-0123456789"
 URL = "http://127.0.0.1:9/v1"  # nobody listens there
 
@@ -92,8 +92,7 @@ class Server:
     file. A script that begins with DEAF runs before the request's body is read.
     """
 
-    def __init__(self, *scripts, tls=None, family=socket.AF_INET):
-        host = "[::1]" if family == socket.AF_INET6 else "127.0.0.1"
+    def __init__(self, *scripts, tls=None):
         self.scripts = scripts or ([reply(sse(C("hi"), DONE))],)
         self.requests = []
         self.begun = 0  # requests whose headers have come
@@ -101,9 +100,9 @@ class Server:
         self.left = 0  # connections that the client has ended
         self.stopping = threading.Event()
         self.tls = tls
-        self.listener = socket.create_server((host.strip("[]"), 0), family=family)
+        self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        self.origin = f"http{'s' if tls else ''}://{host}:{self.port}"
+        self.origin = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
         self.url = self.origin + "/v1"
         self.changed = threading.Condition()
         self.sockets = []
@@ -215,6 +214,14 @@ def pour(piece, pause=0.0):
 
     return step
 
+def raiser(fault):
+    """-> what stands in for a function and raises this."""
+
+    def run(*args, **options):
+        raise fault
+
+    return run
+
 def gate():
     """-> a step that waits for the event, and the event."""
     event = threading.Event()
@@ -237,6 +244,14 @@ def tool(index=None, id=None, name=None, arguments=None, **extra):
     function = {k: v for k, v in function.items() if v is not None}
     call = {"index": index, "id": id, "function": function, **extra}
     return D(tool_calls=[{k: v for k, v in call.items() if v is not None}])
+
+def arg(text, index=0):
+    """A chunk with one tool-call delta that has arguments alone."""
+    return tool(index, None, None, text)
+
+def fragments(*pieces):
+    """Deltas of one call: its head in the first one, then pieces of its arguments."""
+    return [tool(0, "i", "f", pieces[0]), *map(arg, pieces[1:])]
 
 def whole(message, finish="stop", **top):
     """A chunk whose choice has a message and no delta."""
@@ -282,7 +297,7 @@ def completed(reason="stop", **fields):
 def R(text, **extra):
     return ReasoningDelta(text, 0, extra or {"reasoning_content": text})
 
-A, B, END = TextDelta("a"), TextDelta("b"), completed()
+A, B, END = AB = [TextDelta("a"), TextDelta("b"), completed()]
 OPEN = completed(None)  # an end without a finish_reason
 PLAIN = sse(C("a"), C("b"), STOP, DONE)
 USED = Usage(1, 2, 3)
@@ -305,8 +320,7 @@ def sleeps(monkeypatch):
     """The waits between tries, which take no time here, and nothing is random."""
     waits = []
     monkeypatch.setattr(cs._Clock, "sleep", lambda self, seconds: waits.append(seconds))
-    factor = lambda low, high: 1.0 if low == 0.9 else low  # noqa: E731
-    monkeypatch.setattr(random, "uniform", factor)
+    monkeypatch.setattr(random, "uniform", lambda low, high: 1.0 if low == 0.9 else low)
     return waits
 
 def ask(server, messages="hello", **options):
@@ -314,6 +328,13 @@ def ask(server, messages="hello", **options):
     options.setdefault("max_retries", 0)
     url = server if isinstance(server, str) else server.url
     return cs.stream(messages, model="m", **{"base_url": url, **options})
+
+def request_of(messages="hello", path="/v1", **options):
+    """-> the one request of a call."""
+    with Server() as server:
+        list(ask(server.origin + path, messages, **options))
+    (request,) = server.requests
+    return request
 
 def complete(server, **options):
     return cs.complete("hello", model="m", **{"base_url": server.url, **options})
@@ -341,8 +362,25 @@ def answers(*scripts, **options):
 def decode(blocks, strict=False, raw=False):
     return collect(cs.decode(blocks, strict=strict, raw=raw))
 
+def fails(call, kind, *words, got=(), **fields):
+    """-> the error of this class, with these words and fields, that ends a call.
+    call: its events, or what answers() or decode() have found. got: the events before."""
+    events, failure = call if isinstance(call, tuple) else collect(call)
+    assert (events, type(failure)) == ([*got], kind)
+    for word in words:
+        assert word in str(failure)
+    assert {name: getattr(failure, name) for name in fields} == fields
+    return failure
+
 def warnings_in(caplog):
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+def warned(caplog, *words):
+    """-> the one warning, which has these words."""
+    (line,) = warnings_in(caplog)
+    for word in words:
+        assert word in line
+    return line
 
 def logged(caplog):
     """Everything that chatstream has logged, as one text."""
@@ -350,10 +388,11 @@ def logged(caplog):
     return "\n".join(own)
 
 def everything_about(failure):
-    """Whatever of an error, its causes and contexts anybody might show or log."""
-    shown = [repr(failure), str(failure), repr(vars(failure)), repr(failure.args)]
-    while failure := failure.__cause__ or failure.__context__:
-        shown += [repr(failure), str(failure), repr(vars(failure))]
+    """Whatever of an error (or None), its causes and contexts anybody might show or log."""
+    shown = []
+    while failure:
+        shown += [repr(failure), str(failure), repr(vars(failure)), repr(failure.args)]
+        failure = failure.__cause__ or failure.__context__
     return "\n".join(shown)
 
 @pytest.fixture
@@ -364,23 +403,19 @@ def blocks(monkeypatch):
     def give(pieces, *headers, status=200, pending=0):
         lines = "".join(f"{line}\r\n" for line in headers).encode() + b"\r\n"
         pieces = iter(pieces)
-        response = types.SimpleNamespace(status=status, reason="",
-            headers=http.client.parse_headers(io.BytesIO(lines)),
-            fp=types.SimpleNamespace(read1=lambda size: next(pieces, b"")), will_close=False,
-            close=lambda: None,)
+        response = types.SimpleNamespace(status=status, reason="", will_close=False,
+            headers=http.client.parse_headers(io.BytesIO(lines)), close=lambda: None,
+            fp=types.SimpleNamespace(read1=lambda size: next(pieces, b"")))
 
         class Connection:
             closed = 0
+            sock = types.SimpleNamespace(gettimeout=lambda: None, pending=lambda: pending,
+                settimeout=lambda seconds: None)
 
             def __init__(self, *args, **options):
-                self.sock = types.SimpleNamespace(
-                    gettimeout=lambda: None,
-                    settimeout=lambda seconds: None,
-                    pending=lambda: pending,
-                )
-
-            def request(self, *args, **options):
                 pass
+
+            request = __init__  # takes all and does nothing
 
             def getresponse(self):
                 return response
@@ -396,21 +431,13 @@ def blocks(monkeypatch):
 # ---- The reference, row by row (codex-rs core/src/chat_completions.rs, 2025-05) ------
 
 def test_ref_instructions_become_a_leading_system_message():
-    with Server() as server:
-        list(ask(server, instructions="be brief"))
-    assert server.requests[0].json["messages"] == [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "hello"},
-    ]
+    assert request_of("hello", instructions="be brief").json["messages"] == [
+        {"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 def test_ref_a_message_goes_out_as_one_string():
     history = [{"role": "user", "content": "a"}, Message(content="b", reasoning="r")]
-    with Server() as server:
-        list(ask(server, history))
-    assert server.requests[0].json["messages"] == [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-    ]
+    assert request_of(history).json["messages"] == [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 def test_ref_payload_url_and_headers_are_exactly_these():
     with Server() as server:
@@ -418,24 +445,21 @@ def test_ref_payload_url_and_headers_are_exactly_these():
     (request,) = server.requests
     assert (request.method, request.target) == ("POST", "/v1/chat/completions")
     assert request.json == {"model": "m", "messages": [{"role": "user", "content": "hello"}],
-        "stream": True, "temperature": 0.5,}
-    assert sorted((n.lower(), v) for n, v in request.headers) == [("accept",
-        "text/event-stream"), ("accept-encoding", "identity"), ("authorization", f"Bearer {KEY}"),
-        ("content-length", str(len(request.body))), ("content-type", "application/json"), ("host",
-        f"127.0.0.1:{server.port}"), ("user-agent", f"chatstream/{cs.__version__}"),]
+        "stream": True, "temperature": 0.5}
+    assert sorted((n.lower(), v) for n, v in request.headers) == [
+        ("accept", "text/event-stream"), ("accept-encoding", "identity"),
+        ("authorization", f"Bearer {KEY}"), ("content-length", str(len(request.body))),
+        ("content-type", "application/json"), ("host", f"127.0.0.1:{server.port}"),
+        ("user-agent", f"chatstream/{cs.__version__}")]
 
 def test_ref_bearer_key_only_if_there_is_one(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with Server() as server:
-        list(ask(server))
-        list(ask(server, provider="openai"))
-    sent = [request.header("Authorization") for request in server.requests]
-    assert sent == [None, f"Bearer {KEY}"]
+    assert request_of().header("Authorization") is None
+    assert request_of(provider="openai").header("Authorization") == f"Bearer {KEY}"
 
 def test_ref_missing_key_is_an_error_with_instructions(monkeypatch):
     monkeypatch.delenv("GROQ_API_KEY", raising=False)
-    text = r"GROQ_API_KEY.*console\.groq"
-    with pytest.raises(cs.MissingAPIKeyError, match=text) as caught:
+    with pytest.raises(cs.MissingAPIKeyError, match=r"GROQ_API_KEY.*console\.groq") as caught:
         cs.stream("x", model="m", provider="groq")
     assert caught.value.env_key == "GROQ_API_KEY"
     assert "https://console.groq.com/keys" in caught.value.instructions
@@ -444,12 +468,10 @@ def test_ref_missing_key_is_an_error_with_instructions(monkeypatch):
 def test_ref_other_statuses_are_raised_at_once(status):
     body = {"error": {"message": "bad", "code": 7}}
     with Server([error(f"{status} No", body)]) as server:
-        got, failure = collect(ask(server, max_retries=3))
-    assert (got, len(server.requests), type(failure)) == ([], 1, cs.StatusError)
-    assert (failure.status, failure.message, failure.code) == (status, "bad", 7)
+        failure = fails(ask(server, max_retries=3), cs.StatusError, str(status), "bad",
+                        status=status, message="bad", code=7)
+    assert len(server.requests) == 1
     assert json.loads(failure.body) == body
-    assert str(status) in str(failure)
-    assert "bad" in str(failure)
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 529])
 def test_ref_429_and_5xx_are_retried(sleeps, status, caplog):
@@ -457,9 +479,7 @@ def test_ref_429_and_5xx_are_retried(sleeps, status, caplog):
     with Server(busy, [reply(PLAIN)]) as server:
         assert list(ask(server, max_retries=1)) == [A, B, END]
     assert (len(server.requests), sleeps) == (2, [0.2])
-    (line,) = warnings_in(caplog)
-    assert str(status) in line
-    assert "0.20 s" in line
+    warned(caplog, str(status), "0.20 s")
 
 def test_ref_backoff_doubles(sleeps):
     scripts = [RESET], [error("429 Slow", {})], [error("503 Busy", {})], [reply(PLAIN)]
@@ -474,11 +494,9 @@ def test_ref_backoff_has_jitter_and_a_ceiling(sleeps, monkeypatch):
 
 def test_ref_more_than_max_retries_is_retry_limit(sleeps):
     with Server([error("500 Oops", {"error": {"message": "the GPU burns"}})]) as server:
-        got, failure = collect(ask(server, max_retries=2))
-    assert (got, len(server.requests)) == ([], 3)
-    assert type(failure) is cs.RetryLimitError
-    assert (failure.status, failure.attempts) == (500, 3)
-    assert failure.message == "the GPU burns"
+        fails(ask(server, max_retries=2), cs.RetryLimitError, status=500, attempts=3,
+              message="the GPU burns")
+    assert len(server.requests) == 3
 
 def test_ref_retry_after_in_whole_seconds(sleeps):
     answers([error("429 Slow", {}, "Retry-After: 1")], [reply(PLAIN)], max_retries=1)
@@ -496,45 +514,39 @@ def closed_port():
 
 def test_ref_the_last_transport_error_is_raised(sleeps):
     port = closed_port()
-    got, failure = collect(ask(f"http://127.0.0.1:{port}/v1", max_retries=2))
-    assert (got, type(failure)) == ([], cs.TransportError)
-    assert failure.attempts == 3
+    failure = fails(ask(f"http://127.0.0.1:{port}/v1", max_retries=2), cs.TransportError,
+                    "refused", f"127.0.0.1:{port}", attempts=3)
     assert isinstance(failure.__cause__, ConnectionRefusedError)
-    assert "refused" in str(failure)
-    assert f"127.0.0.1:{port}" in str(failure)
 
-@pytest.mark.parametrize("script", [[HOLD], [CHUNKED, HOLD], [UNFINISHED, HOLD]])
-def test_ref_idle_timeout(script):
+@pytest.mark.parametrize("script, got", [
+    ([HOLD], []),
+    ([CHUNKED, HOLD], []),
+    ([UNFINISHED, HOLD], [A]),
+])
+def test_ref_idle_timeout(script, got):
     with Server(script) as server:
-        got, failure = collect(ask(server, idle_timeout=LATER, max_retries=4))
-    assert type(failure) is cs.IdleTimeoutError
+        failure = fails(ask(server, idle_timeout=LATER, max_retries=4), cs.IdleTimeoutError,
+                        "idle timeout waiting for SSE", got=got, seconds=LATER)
     assert isinstance(failure, TimeoutError)
-    assert failure.seconds == LATER
-    assert "idle timeout waiting for SSE" in str(failure)
     assert len(server.requests) == 1
-    assert got == ([A] if script[0] == UNFINISHED else [])
 
-def test_ref_done_is_trimmed_and_stops():
-    assert answers([reply(sse(C("a"), "[DONE]  ", C("never")))]) == ([A, OPEN], None)
+#: (rule, body, events, words of the one warning)
+REFERENCE = [
+    ("content is one event each", PLAIN, AB, None),
+    ("[DONE] is trimmed and stops", sse(CA, "[DONE]  ", C("never")), [A, OPEN], "finish_reason"),
+    ("a clean end of an empty body is completed and flagged", b"", [Completed()],
+     "ended without a finish_reason"),
+    ("a chunk that is not JSON is skipped", sse(CA, "{oops", CB, STOP, DONE),
+     [A, B, completed(skipped=1)], "{oops"),
+    ("without aggregate() the events are unmodified",
+     sse(CA, D(reasoning_content="r"), tool(0, "i", "f", "{"), STOP, DONE),
+     [A, R("r"), ToolCallDelta(0, "i", "f", "{"), END], None),
+]
 
-def test_ref_clean_end_of_an_empty_body_is_completed_and_flagged(caplog):
-    assert answers([reply()]) == ([Completed()], None)
-    (line,) = warnings_in(caplog)
-    assert "ended without a finish_reason" in line
-
-def test_ref_a_chunk_that_is_not_json_is_skipped(caplog):
-    got, _ = answers([reply(sse(C("a"), "{oops", C("b"), STOP, DONE))])
-    assert got == [A, B, completed(skipped=1)]
-    (line,) = warnings_in(caplog)
-    assert "{oops" in line
-
-def test_ref_content_is_one_event_each():
-    assert answers([reply(PLAIN)]) == ([A, B, END], None)
-
-def test_ref_without_aggregate_the_events_are_unmodified():
-    body = sse(C("a"), D(reasoning_content="r"), tool(0, "i", "f", "{"), STOP, DONE)
-    got, _ = answers([reply(body)])
-    assert got == [A, R("r"), ToolCallDelta(0, "i", "f", "{"), END]
+@pytest.mark.parametrize("row, body, events, warning", REFERENCE, ids=[row[0] for row in REFERENCE])
+def test_ref_events(row, body, events, warning, caplog):
+    assert answers([reply(body)]) == (events, None)
+    assert not warning or warned(caplog, warning)
 
 def test_ref_aggregate_suppresses_deltas():
     with Server([reply(PLAIN)]) as server:
@@ -547,9 +559,7 @@ def test_ref_aggregate_with_nothing_to_aggregate():
 
 def test_ref_aggregate_passes_an_error_on_with_partial():
     with Server([UNFINISHED, CLOSE]) as server:
-        got, failure = collect(cs.aggregate(ask(server)))
-    assert (got, type(failure)) == ([], cs.TruncatedStreamError)
-    assert failure.partial == (Message(content="a"),)
+        fails(cs.aggregate(ask(server)), cs.TruncatedStreamError, partial=(Message(content="a"),))
 
 def test_ref_a_slow_reader_slows_the_sender():
     sent = []
@@ -573,8 +583,7 @@ def test_ref_debug_logs_url_and_payload_but_no_key(caplog):
     caplog.set_level(logging.DEBUG, "chatstream")
     with Server([reply(PLAIN, "200 OK", "X-Request-Id: r1")]) as server:
         url = server.url + "?api-version=very-secret-version"
-        headers = {"x-api-key": "another-key"}
-        list(ask(server, api_key=KEY, base_url=url, headers=headers))
+        list(ask(url, api_key=KEY, headers={"x-api-key": "another-key"}))
     text = logged(caplog)
     assert f"{server.url}/chat/completions" in text
     assert re.search('"content": ?"hello"', text)
@@ -589,27 +598,29 @@ def test_ref_debug_logs_url_and_payload_but_no_key(caplog):
 # A body is bytes, or a list of chunks that go out as SSE. Each row is read as a whole, byte
 # by byte, and at cuts. Where no product is named the row is an edge of the rule.
 
-AB = [A, B, END]
 J_A, J_B, J_STOP = (json.dumps(chunk) for chunk in (CA, CB, STOP))
-SUMMARY = {"content": "a", "reasoning_content": "r", "refusal": "n",
-           "tool_calls": [{"id": "i", "function": {"name": "f", "arguments": "{}"}}]}
+FUNCTION = {"name": "f", "arguments": "{}"}
+SUMMARY_CALLS = {"tool_calls": [{"id": "i", "function": FUNCTION}]}
+SUMMARY = {"content": "a", "reasoning_content": "r", "refusal": "n", **SUMMARY_CALLS}
 T, SKIP = TextDelta, completed(skipped=1)
 
 def call(arguments="", extra=None, **more):
     return ToolCallDelta(0, "i", "f", arguments, extra, **more)
 
-CALL = call("{}")
+CALL, TOOL, NEXT = call("{}"), tool(0, "i", "f", "{}"), tool(1, "j", "g", "[]")
+USED_END, LENGTH_END = completed(usage=USED), completed("length")
 
 FRAMING = [
     ("LF", PLAIN, AB),
     ("CRLF (Perplexity, AI21, sse-starlette)", PLAIN.replace(b"\n", b"\r\n"), AB),
     ("CR", PLAIN.replace(b"\n", b"\r"), AB),
-    ("CRLF inside an event", b'data: {"choices":[{"delta":\r\ndata: {"content":"a"}}]}\r\n\r\n' +
-     sse(CB, STOP), AB),
+    ("CRLF inside an event",
+     b'data: {"choices":[{"delta":\r\ndata: {"content":"a"}}]}\r\n\r\n' + sse(CB, STOP), AB),
     ("other separators are text",
      'data: {"choices":[{"delta":{"content":"\u2028\u2029\u0085\x0b\x0c"}}]}\n\n'.encode(),
      [T("\u2028\u2029\u0085\x0b\x0c"), Completed()]),
-    ("UTF-8 over reads", ['{"choices":[{"delta":{"content":"é😀漢"}}]}', DONE], [T("é😀漢"), Completed()]),
+    ("UTF-8 over reads", ['{"choices":[{"delta":{"content":"é😀漢"}}]}', DONE],
+     [T("é😀漢"), Completed()]),
     ("not UTF-8", b'data: {"choices":[{"delta":{"content":"a\xff\xc3"}}]}\n\ndata: [DONE]\n\n',
      [T("a\ufffd\ufffd"), Completed()]),
     ("a byte order mark (doubleword)", b"\xef\xbb\xbf" + PLAIN, AB),
@@ -619,8 +630,8 @@ FRAMING = [
      b": hi\n\n:\n\nid: 1\n: x\n\ndata:\n\ndata\n\nevent: ping\n\nretry: 3\n\nodd: 1\n\n" + PLAIN, AB),
     ("one object on several data lines",
      b'data: {"choices":\ndata: [{"delta":\ndata: {"content":"a"}}]}\n\ndata: [DONE]\n\n', [A, Completed()]),
-    ("several data lines, each alone", sse(CA, end="\n") + b"data: junk\n" + sse(CB, STOP,
-     end="\n") + b"\n", [A, B, SKIP]),
+    ("several data lines, each alone",
+     sse(CA, end="\n") + b"data: junk\n" + sse(CB, STOP, end="\n") + b"\n", [A, B, SKIP]),
     ("no blank lines at all (GLM, Kimi behind gateways)", sse(CA, CB, STOP, DONE, end="\n"), AB),
     ("no blank lines, one cut", sse('{"choices":[{"del', CA, CB, STOP, end="\n"), [A, B, SKIP]),
     ("a line that is none, among lines that are", sse("{oops", CA, end="\n") + b"\n" + sse(STOP), [A, SKIP]),
@@ -628,14 +639,15 @@ FRAMING = [
     ("no line end at the end (Groq)", sse(CA, CB, STOP)[:-2], AB),
     ("no [DONE] (Perplexity, Cerebras, MiniMax)", [CA, CB, STOP], AB),
     ("text after [DONE]", PLAIN + b"garbage\ndata: {]\n\n" + sse(C("z")), AB),
-    ("padding: comments in data: (OpenRouter behind gateways), null", [": OPENROUTER PROCESSING",
-     CA, "null", STOP, ":", DONE], [A, END]),
+    ("padding: comments in data: (OpenRouter behind gateways), null",
+     [": OPENROUTER PROCESSING", CA, "null", STOP, ":", DONE], [A, END]),
     ("padding: text in a named event", b"event: ping\ndata: still here\n\n" + sse(CA, STOP), [A, END]),
     ("padding: JSON that is no chunk in a named event",
      b'event: x\ndata: {"id":"t","model":"t"}\n\n' + sse(CA) +
      b'event: tool.progress\ndata: {"id":"t"}\n\n' + sse(STOP), [A, END]),
-    ("no padding: an event that has no name of its own", sse(CA) +
-     b"event: message\ndata: x\n\nevent:\ndata: y\n\n" + sse(STOP), [A, completed(skipped=2)]),
+    ("no padding: an event that has no name of its own",
+     sse(CA) + b"event: message\ndata: x\n\nevent:\ndata: y\n\n" + sse(STOP),
+     [A, completed(skipped=2)]),
     ("nothing at all", b"", [Completed()]),
     ("comments only (llama-cpp-python)", b": a\n\n: b\n\n", [Completed()]),
     ("only padding", sse("null", ": x") + b"event: ping\ndata: x\n\n", [Completed()]),
@@ -660,8 +672,8 @@ READING = [
     ("a list as the whole body", json.dumps([CA, CB, STOP]).encode(), AB),
     ("JSON among SSE", sse(CA) + sse(CB, start="", end="\n") + sse(STOP), AB),
     ("indented JSON among SSE", sse(CA) + json.dumps(CB, indent=2).encode() + b"\n" + sse(STOP), AB),
-    ("SSE, then JSON behind a broken line, then SSE", sse(CA) + b'{"x\n' + sse(CB, start="",
-     end="\n") + sse(CA, STOP), [A, B, A, SKIP]),
+    ("SSE, then JSON behind a broken line, then SSE",
+     sse(CA) + b'{"x\n' + sse(CB, start="", end="\n") + sse(CA, STOP), [A, B, A, SKIP]),
     ("a log line among SSE", sse(CA) + b"[INFO] busy\nat {x}\n" + sse(STOP), [A, END]),
     ("NaN (Python's servers), control characters (GenieX, pi)",
      b'data: {"choices":[{"delta":{"content":"a\tb"},"logprobs":NaN}],"x":-Infinity}\n\n',
@@ -670,197 +682,207 @@ READING = [
      [R("r"), A, RefusalDelta("n"), CALL, completed(usage=USED)]),
     ("a completion, indented", json.dumps(whole({"content": "a"}), indent=2).encode() + b"\n", [A, END]),
     ("a completion and [DONE]", sse(whole({"content": "a"}), start="") + sse(DONE), [A, END]),
-    ("a completion of two choices", json.dumps({"choices": [{"index": i, "message": {"content": t},
-     "finish_reason": "stop"} for i, t in enumerate("ab")]}).encode(), [A, T("b", 1), Completed("",
-     "", "stop", {0: "stop", 1: "stop"})]),
+    ("a completion of two choices", json.dumps({"choices": [{"index": i, "finish_reason": "stop",
+     "message": {"content": t}} for i, t in enumerate("ab")]}).encode(),
+     [A, T("b", 1), Completed("", "", "stop", {0: "stop", 1: "stop"})]),
 ]
 
 CHUNKS = [
     ("choices empty (Azure, Copilot)", [{"choices": [], "id": "", "model": ""}, CA, DONE], [A, OPEN]),
-    ("choices null or missing", [{"choices": None}, {"id": "i"}, {"model": "o"}, CA, DONE], [A,
-     Completed("i", "o")]),
-    ("no delta (Azure's async filter, MiniMax)", [{"choices": [{"index": 0}]},
-     {"choices": [{"delta": None}]}, CA, DONE], [A, OPEN]),
-    ("no index (Cloudflare): its position", [{"choices": [{"delta": {"content": "a"}},
-     {"delta": {"content": "b"}}]}, DONE], [A, T("b", 1), Completed()]),
+    ("choices null or missing", [{"choices": None}, {"id": "i"}, {"model": "o"}, CA, DONE],
+     [A, Completed("i", "o")]),
+    ("no delta (Azure's async filter, MiniMax)",
+     [{"choices": [{"index": 0}]}, {"choices": [{"delta": None}]}, CA, DONE], [A, OPEN]),
+    ("no index (Cloudflare): its position",
+     [{"choices": [{"delta": {"content": "a"}}, {"delta": {"content": "b"}}]}, DONE],
+     [A, T("b", 1), Completed()]),
     ("content empty, null or absent", [C(""), D(content=None), D(), C(" "), DONE], [T(" "), OPEN]),
-    ("numbers are text (Cloudflare)", [*map(C, [1, 0, 0.5, True, False, "a"]), STOP], [*map(T, ["1",
-     "0", "0.5", "true", "false", "a"]), END]),
-    ("parts: text, thinking in a list or a str (Mistral)", [C([{"type": "thinking",
-     "thinking": [{"type": "text", "text": "t"}]}]), C([{"type": "thinking", "thinking": "u"},
-     {"type": "text", "text": "a"}]), C([{"type": "reference", "reference_ids": [1]}, "b"]), C("c"),
-     DONE], [ReasoningDelta("t"), ReasoningDelta("u"), A, B, T("c"), OPEN]),
-    ("parts: reasoning with a summary (Databricks)", [C([{"type": "reasoning",
-     "summary": [{"type": "summary_text", "text": "r"}]}]), C([{"type": "text", "text": "a"}]),
-     STOP], [ReasoningDelta("r"), A, END]),
-    ("parts without a type, of type output_text", [C([{"type": None, "text": "a"}]),
-     C([{"type": "output_text", "text": "b"}]), STOP], AB),
+    ("numbers are text (Cloudflare)", [*map(C, [1, 0, 0.5, True, False, "a"]), STOP],
+     [*map(T, ["1", "0", "0.5", "true", "false", "a"]), END]),
+    ("parts: text, thinking in a list or a str (Mistral)",
+     [C([{"type": "thinking", "thinking": [{"type": "text", "text": "t"}]}]),
+      C([{"type": "thinking", "thinking": "u"}, {"type": "text", "text": "a"}]),
+      C([{"type": "reference", "reference_ids": [1]}, "b"]), C("c"), DONE],
+     [ReasoningDelta("t"), ReasoningDelta("u"), A, B, T("c"), OPEN]),
+    ("parts: reasoning with a summary (Databricks)",
+     [C([{"type": "reasoning", "summary": [{"type": "summary_text", "text": "r"}]}]),
+      C([{"type": "text", "text": "a"}]), STOP], [ReasoningDelta("r"), A, END]),
+    ("parts without a type, of type output_text",
+     [C([{"type": None, "text": "a"}]), C([{"type": "output_text", "text": "b"}]), STOP], AB),
     ("parts inside parts without end", [C([[[[[[[[[["deep"]]]]]]]]]]), STOP], [END]),
     ("refusal", [D(refusal="no"), STOP, DONE], [RefusalDelta("no"), END]),
-    ("id and model change (Perplexity, Avian)", [C("a", id="", model=""), CB, C(id="c2", model="m2",
-     finish="stop"), DONE], AB),
+    ("id and model change (Perplexity, Avian)",
+     [C("a", id="", model=""), CB, C(id="c2", model="m2", finish="stop"), DONE], AB),
     ("unknown members", [C("a", obfuscation="q7", service_tier="x", citations=[1], logprobs=1.5),
      C("b", obfuscation="w"), STOP, DONE], AB),
-    ("choices interleaved", [CA, C("b", index=1), C("c"), C(finish="length", index=1), STOP, DONE],
+    ("choices interleaved",
+     [CA, C("b", index=1), C("c"), C(finish="length", index=1), STOP, DONE],
      [A, T("b", 1), T("c"), Completed("c1", "m1", "stop", {0: "stop", 1: "length"})]),
-    ("no reason: empty (Ollama), the words null and None (KoboldCpp, DashScope)", [C("a", ""),
-     C("b", "null"), C("a", "None"), STOP], [A, B, A, END]),
-    ("the first reason stands", [C("a", "length"), C(finish="eos"), DONE], [A,
-     completed("length")]),
-    ("stop gives way, after more", [CA, STOP, C("b", "length"), DONE], [A, B, completed("length")]),
-    ("stop gives way, at once", [CA, STOP, C(finish="length"), DONE], [A, completed("length")]),
-    ("stop in every chunk (gcli2api, Open WebUI)", [C("a", "stop"), C("b", "stop"),
-     C(finish="length")], [A, B, completed("length")]),
-    ("stop behind another reason (OpenRouter)", [C("a", "tool_calls"), CB, STOP], [A, B,
-     completed("tool_calls")]),
+    ("no reason: empty (Ollama), the words null and None (KoboldCpp, DashScope)",
+     [C("a", ""), C("b", "null"), C("a", "None"), STOP], [A, B, A, END]),
+    ("the first reason stands", [C("a", "length"), C(finish="eos"), DONE], [A, LENGTH_END]),
+    ("stop gives way, after more", [CA, STOP, C("b", "length"), DONE], [A, B, LENGTH_END]),
+    ("stop gives way, at once", [CA, STOP, C(finish="length"), DONE], [A, LENGTH_END]),
+    ("stop in every chunk (gcli2api, Open WebUI)",
+     [C("a", "stop"), C("b", "stop"), C(finish="length")], [A, B, LENGTH_END]),
+    ("stop behind another reason (OpenRouter)", [C("a", "tool_calls"), CB, STOP],
+     [A, B, completed("tool_calls")]),
     ("other reasons (OpenRouter, Together)", [C("a", "eos"), DONE], [A, completed("eos")]),
-    ("error as a reason is no ServerError (OpenRouter)", [C("a", "error"), DONE], [A,
-     completed("error")]),
-    ("wrong types", [{"choices": "x"}, {"choices": [None, 1, "x", []]}, {"choices": [{"index": "x",
-     "delta": 5}]}, C(5), C({"a": 1}), C([None, 5, {"type": 5}, {"text": 5}]), D(tool_calls="x"),
-     D(tool_calls=5), D(tool_calls=[None, 5, {"function": 5}, {"index": "x", "id": 5,
-     "function": {"name": 5}}]), D(refusal=5, reasoning=5, reasoning_details="", function_call="x"),
+    ("error as a reason is no ServerError (OpenRouter)", [C("a", "error"), DONE],
+     [A, completed("error")]),
+    ("wrong types", [{"choices": "x"}, {"choices": [None, 1, "x", []]},
+     {"choices": [{"index": "x", "delta": 5}]}, C(5), C({"a": 1}),
+     C([None, 5, {"type": 5}, {"text": 5}]), D(tool_calls="x"), D(tool_calls=5),
+     D(tool_calls=[None, 5, {"function": 5}, {"index": "x", "id": 5, "function": {"name": 5}}]),
+     D(refusal=5, reasoning=5, reasoning_details="", function_call="x"),
      {"id": 5, "model": {}, "usage": "x"}, C(usage=[1], finish=5),
-     {"usage": {"prompt_tokens": "x"}}, C(x_groq=5), {"choices": [{"index": True,
-     "delta": {"content": "a"}}]}, DONE], [*map(T, "555a"), completed(None, usage=Usage())]),
+     {"usage": {"prompt_tokens": "x"}}, C(x_groq=5),
+     {"choices": [{"index": True, "delta": {"content": "a"}}]}, DONE],
+     [*map(T, "555a"), completed(None, usage=Usage())]),
 ]
 
-REASONING = [
-    ("reasoning_content (DeepSeek, zAI, xAI, Kimi)", [D(reasoning_content="r"), DONE], [R("r"), OPEN]),
-    ("reasoning (OpenRouter, Groq, vLLM): a str, text or content", [D(reasoning="r"),
-     D(reasoning={"text": "s"}), D(reasoning={"content": "t"}), DONE], [R("r", reasoning="r"),
-     R("s", reasoning={"text": "s"}), R("t", reasoning={"content": "t"}), OPEN]),
-    ("reasoning, a list of blocks (Snowflake)", [D(reasoning=[{"text": "r"}, {"content": "s"}]),
-     DONE], [R("rs", reasoning=[{"text": "r"}, {"content": "s"}]), OPEN]),
-    ("reasoning_text (Copilot)", [D(reasoning_text="r"), D(reasoning_opaque="o"), DONE], [R("r",
-     reasoning_text="r"), R("", reasoning_opaque="o"), OPEN]),
-    ("reasoning_details alone (MiniMax)", [D(reasoning_details=[{"text": "r"}, {"text": "s"}]),
-     DONE], [R("rs", reasoning_details=[{"text": "r"}, {"text": "s"}]), OPEN]),
-    ("reasoning_details with a summary (OpenRouter)", [D(reasoning_details=[{"summary": "r"},
-     {"summary": [{"text": "s"}]}]), DONE], [R("rs", reasoning_details=[{"summary": "r"},
-     {"summary": [{"text": "s"}]}]), OPEN]),
-    ("several are never added up", [D(reasoning="s", reasoning_content="r",
-     reasoning_details=[{"text": "r"}]), DONE], [R("r", reasoning="s", reasoning_content="r",
-     reasoning_details=[{"text": "r"}]), OPEN]),
-    ("before the content of one delta (MiniMax), and again later (zAI)", [D(content="a",
-     reasoning_content="r"), D(reasoning_content="s"), DONE], [R("r"), A, R("s"), OPEN]),
-    ("opaque members", [D(reasoning_details=[{"signature": "s"}], reasoning_opaque="o"), DONE],
-     [R("", reasoning_details=[{"signature": "s"}], reasoning_opaque="o"), OPEN]),
-    ("signed blocks (LiteLLM)", [D(reasoning_content="r", thinking_blocks=[{"thinking": "r"}]),
-     D(thinking_blocks=[{"signature": "s"}]), D(content="a", thinking_signature="t"), STOP], [R("r",
-     reasoning_content="r", thinking_blocks=[{"thinking": "r"}]), R("",
-     thinking_blocks=[{"signature": "s"}]), R("", thinking_signature="t"), A, END]),
-    ("numbers and flags are none", [D(reasoning_content=0, reasoning_tokens=7, reasoning=True), STOP], [END]),
+REASONING = [  # each ends in STOP and [DONE], and in END
+    ("reasoning_content (DeepSeek, zAI, xAI, Kimi)", [D(reasoning_content="r")], [R("r")]),
+    ("reasoning (OpenRouter, Groq, vLLM): a str, text or content",
+     [D(reasoning="r"), D(reasoning={"text": "s"}), D(reasoning={"content": "t"})],
+     [R("r", reasoning="r"), R("s", reasoning={"text": "s"}), R("t", reasoning={"content": "t"})]),
+    ("reasoning, a list of blocks (Snowflake)", [D(reasoning=[{"text": "r"}, {"content": "s"}])],
+     [R("rs", reasoning=[{"text": "r"}, {"content": "s"}])]),
+    ("reasoning_text (Copilot)", [D(reasoning_text="r"), D(reasoning_opaque="o")],
+     [R("r", reasoning_text="r"), R("", reasoning_opaque="o")]),
+    ("reasoning_details alone (MiniMax)", [D(reasoning_details=[{"text": "r"}, {"text": "s"}])],
+     [R("rs", reasoning_details=[{"text": "r"}, {"text": "s"}])]),
+    ("reasoning_details with a summary (OpenRouter)",
+     [D(reasoning_details=[{"summary": "r"}, {"summary": [{"text": "s"}]}])],
+     [R("rs", reasoning_details=[{"summary": "r"}, {"summary": [{"text": "s"}]}])]),
+    ("several are never added up",
+     [D(reasoning="s", reasoning_content="r", reasoning_details=[{"text": "r"}])],
+     [R("r", reasoning="s", reasoning_content="r", reasoning_details=[{"text": "r"}])]),
+    ("before the content of one delta (MiniMax), and again later (zAI)",
+     [D(content="a", reasoning_content="r"), D(reasoning_content="s")], [R("r"), A, R("s")]),
+    ("opaque members", [D(reasoning_details=[{"signature": "s"}], reasoning_opaque="o")],
+     [R("", reasoning_details=[{"signature": "s"}], reasoning_opaque="o")]),
+    ("signed blocks (LiteLLM)",
+     [D(reasoning_content="r", thinking_blocks=[{"thinking": "r"}]),
+      D(thinking_blocks=[{"signature": "s"}]), D(content="a", thinking_signature="t")],
+     [R("r", reasoning_content="r", thinking_blocks=[{"thinking": "r"}]),
+      R("", thinking_blocks=[{"signature": "s"}]), R("", thinking_signature="t"), A]),
+    ("numbers and flags are none", [D(reasoning_content=0, reasoning_tokens=7, reasoning=True)], []),
 ]
 
 MESSAGES_IN_CHUNKS = [
     ("a message with the text so far beside a delta (Perplexity)",
-     [{"choices": [{"delta": {"content": t}, "message": {"content": m}}]} for t, m in (("a", "za"),
-     ("b", "ab"))], [A, B, Completed()]),
+     [{"choices": [{"delta": {"content": t}, "message": {"content": m}}]}
+      for t, m in (("a", "za"), ("b", "ab"))], [A, B, Completed()]),
     ("a message and no delta (servers that ignore stream)", [whole({"content": "a"}), DONE], [A, END]),
     ("a last summary (MiniMax)", [CA, CB, whole({"content": "ab"}), DONE], AB),
-    ("a last summary of all kinds", [D(reasoning_content="r", refusal="n", content="a"), tool(0,
-     "i", "f", "{}"), whole(SUMMARY), DONE], [R("r"), A, RefusalDelta("n"), CALL, END]),
-    ("what was never streamed: reasoning, refusal, calls", [CA, whole(SUMMARY), DONE], [A, R("r"),
-     RefusalDelta("n"), CALL, END]),
-    ("only messages: the text so far (gateways)", [*[whole({"content": t}, None) for t in ("a", "a",
-     "ab")], STOP, DONE], AB),
-    ("only messages: the text so far, then none", [whole({"content": t}, None) for t in ("a",
-     None)] + [whole({})], [A, END]),
-    ("only messages: the text so far, of two choices", [{"choices": [{"index": i,
-     "message": {"content": t + u}} for i, t in ((0, "x"), (1, "y"))]} for u in ("", "z")] + [STOP],
-     [T("x"), T("y", 1), T("z"), T("z", 1), END]),
-    ("only messages: pieces (NVIDIA NeMo Agent Toolkit)", [{"choices": [{"message": {"content": t},
-     "delta": None}]} for t in ("ab", "b", "", "ca")] + [STOP], [T("ab"), B, T("ca"), END]),
-    ("only messages: pieces alike", [whole({"content": t}, None) for t in ("ab", "a",
-     "a")] + [STOP], [T("ab"), A, A, END]),
+    ("a last summary of all kinds",
+     [D(reasoning_content="r", refusal="n", content="a"), TOOL, whole(SUMMARY), DONE],
+     [R("r"), A, RefusalDelta("n"), CALL, END]),
+    ("what was never streamed: reasoning, refusal, calls", [CA, whole(SUMMARY), DONE],
+     [A, R("r"), RefusalDelta("n"), CALL, END]),
+    ("only messages: the text so far (gateways)",
+     [*[whole({"content": t}, None) for t in ("a", "a", "ab")], STOP, DONE], AB),
+    ("only messages: the text so far, then none",
+     [*[whole({"content": t}, None) for t in ("a", None)], whole({})], [A, END]),
+    ("only messages: the text so far, of two choices", [*[{"choices": [
+     {"index": i, "message": {"content": t + u}} for i, t in enumerate("xy")]}
+     for u in ("", "z")], STOP], [T("x"), T("y", 1), T("z"), T("z", 1), END]),
+    ("only messages: pieces (NVIDIA NeMo Agent Toolkit)", [*[{"choices": [
+     {"message": {"content": t}, "delta": None}]} for t in ("ab", "b", "", "ca")], STOP],
+     [T("ab"), B, T("ca"), END]),
+    ("only messages: pieces alike",
+     [*[whole({"content": t}, None) for t in ("ab", "a", "a")], STOP], [T("ab"), A, A, END]),
     ("messages, and a delta between", [whole({"content": "a"}, None), CB, whole({"content": "ab"})], AB),
     ("messages, and another kind in deltas", [whole({"refusal": "r"}, None),
      {"choices": [{"delta": {"content": "a"}, "message": {"refusal": "rs"}}]},
-     whole({"refusal": "rst", "content": "a"})], [RefusalDelta("r"), A, RefusalDelta("s"),
-     RefusalDelta("t"), END]),
+     whole({"refusal": "rst", "content": "a"})],
+     [RefusalDelta("r"), A, RefusalDelta("s"), RefusalDelta("t"), END]),
 ]
 
 USAGES = [
-    ("on its own, last (OpenAI)", [CA, STOP, {"choices": [], "usage": USAGE}, DONE], [A,
-     completed(usage=USED)]),
-    ("in every chunk, the last stands", [C("a", usage={"prompt_tokens": 9}), C("b", "stop",
-     usage=USAGE)], [A, B, completed(usage=USED)]),
-    ("zeros and null do not replace it", [C("a", usage=USAGE), C("b", usage=ZEROS), C(finish="stop",
-     usage=None)], [A, B, completed(usage=USED)]),
+    ("on its own, last (OpenAI)", [CA, STOP, {"choices": [], "usage": USAGE}, DONE], [A, USED_END]),
+    ("in every chunk, the last stands",
+     [C("a", usage={"prompt_tokens": 9}), C("b", "stop", usage=USAGE)], [A, B, USED_END]),
+    ("zeros and null do not replace it",
+     [C("a", usage=USAGE), C("b", usage=ZEROS), C(finish="stop", usage=None)], [A, B, USED_END]),
     ("only zeros", [C("a", usage=ZEROS), STOP, DONE], [A, completed(usage=Usage())]),
-    ("members null", [C("a", "stop", usage={**USAGE, "total_tokens": None})], [A,
-     completed(usage=Usage(1, 2, 0))]),
-    ("in the choice (Moonshot)", [{"choices": [{"delta": {"content": "a"}, "usage": USAGE}]}], [A,
-     Completed(usage=USED)]),
-    ("in x_groq (Groq)", [C("a", "stop", x_groq={"usage": USAGE})], [A, completed(usage=USED)]),
-    ("details (OpenAI)", [C("a", "stop", usage={**USAGE, "completion_tokens_details":
-     {"reasoning_tokens": 4}, "prompt_tokens_details": {"cached_tokens": 5}})], [A,
-     completed(usage=Usage(1, 2, 3, 5, 4))]),
-    ("prompt_cache_hit_tokens (DeepSeek)", [C("a", "stop", usage={**USAGE,
-     "prompt_cache_hit_tokens": 6})], [A, completed(usage=Usage(1, 2, 3, 6))]),
-    ("input_tokens (mlx-vlm), and what else (OpenRouter's cost)", [C("a", "stop",
-     usage={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3, "cost": 0.25, "odd": None,
-     "input_tokens_details": {"cached_tokens": 3}})], [A, completed(usage=Usage(1, 2, 3,
-     extra={"cost": 0.25, "input_tokens_details": {"cached_tokens": 3}}))]),
+    ("members null", [C("a", "stop", usage={**USAGE, "total_tokens": None})],
+     [A, completed(usage=Usage(1, 2, 0))]),
+    ("in the choice (Moonshot)", [{"choices": [{"delta": {"content": "a"}, "usage": USAGE}]}],
+     [A, Completed(usage=USED)]),
+    ("in x_groq (Groq)", [C("a", "stop", x_groq={"usage": USAGE})], [A, USED_END]),
+    ("details (OpenAI)",
+     [C("a", "stop", usage={**USAGE, "completion_tokens_details": {"reasoning_tokens": 4},
+        "prompt_tokens_details": {"cached_tokens": 5}})],
+     [A, completed(usage=Usage(1, 2, 3, 5, 4))]),
+    ("prompt_cache_hit_tokens (DeepSeek)",
+     [C("a", "stop", usage={**USAGE, "prompt_cache_hit_tokens": 6})],
+     [A, completed(usage=Usage(1, 2, 3, 6))]),
+    ("input_tokens (mlx-vlm), and what else (OpenRouter's cost)",
+     [C("a", "stop", usage={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3, "cost": 0.25,
+        "odd": None, "input_tokens_details": {"cached_tokens": 3}})],
+     [A, completed(usage=Usage(1, 2, 3,
+        extra={"cost": 0.25, "input_tokens_details": {"cached_tokens": 3}}))]),
 ]
 
 HALVES = [
-    ("a pair over two deltas (aimock, JavaScript)", [C("x\ud83d"), C("\udc69y"), STOP], [T("x"),
-     T("👩y"), END]),
-    ("lone halves", [C("\ud83d"), C("z"), C("\udc69"), C("q\ud83d"), STOP], [T("\ufffdz"),
-     T("\ufffd"), T("q"), T("\ufffd"), END]),
-    ("by kind and choice", [C("\ud83d"), D(reasoning_content="\ud83d"), C("\udc69"), C("b",
-     index=1), D(reasoning_content="\udc69"), DONE], [R("", reasoning_content="\ud83d"), T("👩"),
-     T("b", 1), R("👩", reasoning_content="\udc69"), OPEN]),
-    ("in names", [C("a", id="c\ud83d"), tool(0, "i\ud83d", "f\ud83d", "{}"), DONE], [A,
-     ToolCallDelta(0, "i\ufffd", "f\ufffd", "{}"), Completed("c\ufffd", "m1")]),
-    ("in arguments", [tool(0, "i", "f", '"\ud83d'), tool(0, None, None, '\udc69"'), DONE],
-     [call('"'), call('👩"'), OPEN]),
+    ("a pair over two deltas (aimock, JavaScript)", [C("x\ud83d"), C("\udc69y"), STOP],
+     [T("x"), T("👩y"), END]),
+    ("lone halves", [C("\ud83d"), C("z"), C("\udc69"), C("q\ud83d"), STOP],
+     [T("\ufffdz"), T("\ufffd"), T("q"), T("\ufffd"), END]),
+    ("by kind and choice",
+     [C("\ud83d"), D(reasoning_content="\ud83d"), C("\udc69"), C("b", index=1),
+      D(reasoning_content="\udc69"), DONE], [R("", reasoning_content="\ud83d"), T("👩"), T("b", 1),
+      R("👩", reasoning_content="\udc69"), OPEN]),
+    ("in names", [C("a", id="c\ud83d"), tool(0, "i\ud83d", "f\ud83d", "{}"), DONE],
+     [A, ToolCallDelta(0, "i\ufffd", "f\ufffd", "{}"), Completed("c\ufffd", "m1")]),
+    ("in arguments", [*fragments('"\ud83d', '\udc69"'), DONE], [call('"'), call('👩"'), OPEN]),
 ]
 
-CALL_DELTAS = [
-    ("in fragments (OpenAI)", [tool(0, "i", "f", ""), tool(0, None, None, "{"), tool(0, None, None,
-     "}")], [call(), *[call(c) for c in "{}"], OPEN]),
-    ("arguments an object (Writer, llama.cpp), and once more", [tool(0, "i", "f", {"a": [1]}),
-     tool(0, None, None, {"b": 2})], [call('{"a": [1]}'), OPEN]),
-    ("arguments an empty object", [tool(0, "i", "f", {})], [CALL, OPEN]),
+CALL_DELTAS = [  # each ends in OPEN
+    ("in fragments (OpenAI)", fragments("", "{", "}"), [call(), call("{"), call("}")]),
+    ("arguments an object (Writer, llama.cpp), and once more",
+     [tool(0, "i", "f", {"a": [1]}), arg({"b": 2})], [call('{"a": [1]}')]),
+    ("arguments an empty object", [tool(0, "i", "f", {})], [CALL]),
     ("the id, then the name (Command-A on vLLM)", [tool(0, "i"), tool(0, None, "f")],
-     [ToolCallDelta(0, "i"), call(), OPEN]),
-    ("the words null and None (LiteLLM, Mistral)", [tool(0, "i", "f", "{"), tool(0, "null", "None",
-     "}")], [call("{"), call("}"), OPEN]),
+     [ToolCallDelta(0, "i"), call()]),
+    ("the words null and None (LiteLLM, Mistral)",
+     [tool(0, "i", "f", "{"), tool(0, "null", "None", "}")], [call("{"), call("}")]),
     ("unknown members; empty ones are none", [tool(0, "i", "f", "{}", a="", b=[], c={}, d=0)],
-     [call("{}", {"d": 0}), OPEN]),
-    ("function_call (functionary, llama-cpp-python)", [D(function_call={"name": "f",
-     "arguments": c}) for c in "{}"], [ToolCallDelta(0, "", "f", "{"), ToolCallDelta(0, "", "f", "}"), OPEN]),
-    ("function_call beside tool_calls", [C(delta={**SUMMARY, "content": None, "refusal": None,
-     "reasoning_content": None, "function_call": {"name": "f", "arguments": "{}"}})], [CALL, OPEN]),
-    ("function_call after tool_calls", [tool(0, "i", "f", "{}"), D(function_call={"name": "f",
-     "arguments": "{}"})], [CALL, OPEN]),
-    ("function_call beside an empty tool_calls", [D(tool_calls=[], function_call={"name": "f",
-     "arguments": "{}"})], [ToolCallDelta(0, "", "f", "{}"), OPEN]),
-    ("custom (OpenAI, GPT-5)", [D(tool_calls=[{"index": 0, "id": "i", "type": "custom",
-     "custom": {"name": "f", "input": "a"}}]), D(tool_calls=[{"index": 0,
-     "custom": {"input": "b"}}]), D(tool_calls=[{"index": 0, "signature": "s"}])], [call("a",
-     type="custom"), call("b", type="custom"), call("", {"signature": "s"}, type="custom"), OPEN]),
-    ("custom beside function", [tool(0, "i", "f", "{}", custom={"name": "g"})], [CALL, OPEN]),
-    ("tool_calls an object (TGI)", [D(tool_calls=SUMMARY["tool_calls"][0])], [CALL, OPEN]),
-    ("wrong types of a function", [tool(0, "i", "f", "x"), *[D(tool_calls=[{"index": 0, "id": "i",
-     "function": odd}]) for odd in (None, False, [], "x", 5)]], [call("x"), OPEN]),
+     [call("{}", {"d": 0})]),
+    ("function_call (functionary, llama-cpp-python)",
+     [D(function_call={"name": "f", "arguments": c}) for c in "{}"],
+     [ToolCallDelta(0, "", "f", c) for c in "{}"]),
+    ("function_call beside tool_calls", [D(**SUMMARY_CALLS, content=None, refusal=None,
+     reasoning_content=None, function_call=FUNCTION)], [CALL]),
+    ("function_call after tool_calls", [TOOL, D(function_call=FUNCTION)], [CALL]),
+    ("function_call beside an empty tool_calls", [D(tool_calls=[], function_call=FUNCTION)],
+     [ToolCallDelta(0, "", "f", "{}")]),
+    ("custom (OpenAI, GPT-5)",
+     [D(tool_calls=[{"index": 0, "id": "i", "type": "custom",
+        "custom": {"name": "f", "input": "a"}}]),
+      D(tool_calls=[{"index": 0, "custom": {"input": "b"}}]),
+      D(tool_calls=[{"index": 0, "signature": "s"}])],
+     [call(*given, type="custom") for given in (("a",), ("b",), ("", {"signature": "s"}))]),
+    ("custom beside function", [tool(0, "i", "f", "{}", custom={"name": "g"})], [CALL]),
+    ("tool_calls an object (TGI)", [D(tool_calls=SUMMARY_CALLS["tool_calls"][0])], [CALL]),
+    ("wrong types of a function", [tool(0, "i", "f", "x"), *[D(tool_calls=[
+     {"index": 0, "id": "i", "function": odd}]) for odd in (None, False, [], "x", 5)]], [call("x")]),
 ]
 
 NO_ERRORS = [
-    ("error null, empty", [C("a", error=None), C("b", error={}), C(error="", finish="stop"),
-     {"error": []}], AB),
-    ("error, an object that says nothing (Go)", [C("a", error={"message": "", "type": "",
-     "code": None}), STOP], [A, END]),
+    ("error null, empty",
+     [C("a", error=None), C("b", error={}), C(error="", finish="stop"), {"error": []}], AB),
+    ("error, an object that says nothing (Go)",
+     [C("a", error={"message": "", "type": "", "code": None}), STOP], [A, END]),
     ("a field error that says nothing", sse(CA) + b"error: null\nerror:\nerror: {}\n\n" + sse(STOP), [A, END]),
     ("a good code (MiniMax)", [CA, {"choices": [], "base_resp": {"status_code": "0"}},
      {"base_resp": {"status_code": 0}}, STOP], [A, END]),
-    ("good codes (DashScope)", [{"code": 0, "message": "Success"}, CA, {"code": "OK", "msg": "x"},
-     {"code": 200, "msg": "x"}, STOP], [A, END]),
-    ("a status is no code", [{"status": "processing", "message": "x"}, CA, {"status": 500,
-     "message": "x"}, STOP], [A, END]),
+    ("good codes (DashScope)", [{"code": 0, "message": "Success"}, CA,
+     {"code": "OK", "msg": "x"}, {"code": 200, "msg": "x"}, STOP], [A, END]),
+    ("a status is no code", [{"status": "processing", "message": "x"}, CA,
+     {"status": 500, "message": "x"}, STOP], [A, END]),
     ("detail beside other members: progress", [{"type": "progress", "detail": "Loading model 40%"},
      CA, {"type": "x", "detail": "y", "code": 0}, STOP], [A, END]),
     ("progress in named events", sse(CA) + b'event: tool\ndata: {"detail":"x"}\n\n'
@@ -871,14 +893,10 @@ NO_ERRORS = [
 ]
 
 TABLES = {
-    "framing": FRAMING,
-    "reading": READING,
-    "chunks": CHUNKS,
-    "reasoning": REASONING,
-    "messages": MESSAGES_IN_CHUNKS,
-    "usage": USAGES,
-    "halves": HALVES,
-    "calls": CALL_DELTAS,
+    "framing": FRAMING, "reading": READING, "chunks": CHUNKS,
+    "reasoning": [(rule, [*body, STOP, DONE], [*events, END]) for rule, body, events in REASONING],
+    "messages": MESSAGES_IN_CHUNKS, "usage": USAGES, "halves": HALVES,
+    "calls": [(rule, body, [*events, OPEN]) for rule, body, events in CALL_DELTAS],
     "no error": NO_ERRORS,
 }
 ROWS = [(f"{table}: {row[0]}", *row[1:]) for table in TABLES for row in TABLES[table]]
@@ -927,78 +945,74 @@ def test_each_line_of_json_is_read_when_it_comes(lines, counts, start):
         got.append(event)
     assert counted == counts
 
-#: (rule, body, events before the error, code, type, message)
 ERROR = {"message": "boom", "type": "t", "code": 500}
-BOOM = None, None, "boom"
+BOOM, ALL = (None, None, "boom"), (500, "t", "boom")
 CUDA = '{"error": "CUDA error: boom\nCompile with `X`.\n"}'
+#: (rule, body, events before the error, code, type, message)
 ERROR_ROWS = [
-    ("an object (OpenAI, vLLM)", [CA, {"error": ERROR}], [A], 500, "t", "boom"),
+    ("an object (OpenAI, vLLM)", [CA, {"error": ERROR}], [A], *ALL),
     ("a text (Ollama, transformers)", [CA, {"error": "boom"}], [A], *BOOM),
     ("with error_type (TGI)", [{"error": "boom", "error_type": "t"}], [], None, "t", "boom"),
     ("a list", [{"error": [{"message": "boom"}]}], [], *BOOM),
-    ("object error (vLLM, Mistral)", [{"object": "error", "message": "boom", "code": 400}], [], 400,
-     None, "boom"),
+    ("object error (vLLM, Mistral)", [{"object": "error", "message": "boom", "code": 400}],
+     [], 400, None, "boom"),
     ("type error", [{"type": "error", "error": {"message": "boom"}}], [], None, "error", "boom"),
-    ("in a chunk (OpenRouter): what it has counts", [C("a", "error", usage=USAGE, error=ERROR),
-     DONE], [A], 500, "t", "boom"),
-    ("in a choice", [CA, {"choices": [{"delta": {}, "error": ERROR}]}], [A], 500, "t", "boom"),
+    ("in a chunk (OpenRouter): what it has counts",
+     [C("a", "error", usage=USAGE, error=ERROR), DONE], [A], *ALL),
+    ("in a choice", [CA, {"choices": [{"delta": {}, "error": ERROR}]}], [A], *ALL),
     ("in x_groq (Groq)", [C("a", x_groq={"error": "boom"})], [A], *BOOM),
-    ("a code that is null, a message that is a list", [{"error": {"message": ["boom"],
-     "code": None}}], [], *BOOM),
+    ("a code that is null, a message that is a list",
+     [{"error": {"message": ["boom"], "code": None}}], [], *BOOM),
     ("a code that is a str, a message that is an object (Mistral)",
      [{"error": {"message": {"detail": "boom"}, "code": "x9"}}], [], "x9", None, "boom"),
     ("a code of 0", [{"error": "boom", "code": 0}], [], 0, None, "boom"),
-    ("a field error (llama.cpp)", sse(CA) + b'error: {"code":500,"message":"boom"}\n\n', [A], 500, None, "boom"),
-    ("a field error, in any case, without a blank line before", sse(CA,
-     end="\n") + b"ERROR: boom\n", [A], *BOOM),
+    ("a field error (llama.cpp)", sse(CA) + b'error: {"code":500,"message":"boom"}\n\n',
+     [A], 500, None, "boom"),
+    ("a field error, in any case, without a blank line before",
+     sse(CA, end="\n") + b"ERROR: boom\n", [A], *BOOM),
     ("a field error, over lines", b'error: {"code":500,\n"message":"boom"}\n\n', [], 500, None, "boom"),
     ("event: error (Groq)", sse(CA) + b'event: error\ndata: {"error":{"message":"boom"}}\n\n', [A], *BOOM),
     ("event: error in any case, with text", b"event: ERROR\ndata: boom\n\n", [], *BOOM),
     ("event: error, text over lines", b"event: error\ndata: bo om\ndata: x\n\n", [], None, None, "bo om x"),
     ("event: error without data:", sse(CA) + b'event: error\n{"message":"boom"}\n\n' + sse(DONE), [A], *BOOM),
-    ("event: error with a chunk like those before", sse(CA) + b"event: error\n" + sse(CB), [A, B],
-     None, None, J_B),
+    ("event: error with a chunk like those before", sse(CA) + b"event: error\n" + sse(CB),
+     [A, B], None, None, J_B),
     ("event: error with its sentence in a comment (NVIDIA Dynamo)",
      sse(CA) + b"event: error\n: boom\n\n", [A], *BOOM),
     ("event: error with nothing", sse(CA) + b"event: error\n\n" + sse(DONE), [A], None, None, "error"),
     ("data: error: text (Crane)", [CA, "error: boom"], [A], *BOOM),
     ("data: error: JSON", [CA, 'Error: {"message": "boom", "code": 5}'], [A], 5, None, "boom"),
     ("detail (FastAPI)", [{"detail": [{"loc": ["x"], "msg": "boom"}]}], [], *BOOM),
-    ("detail with a status or code", [CA, {"detail": "boom", "status": 500, "code": 7}], [A], 7, None, "boom"),
-    ("base_resp (MiniMax)", [{"base_resp": {"status_code": 1004, "status_msg": "boom"}}], [], 1004, None, "boom"),
-    ("errors (Cloudflare)", [{"success": False, "errors": [{"code": 7, "message": "boom"}]}], [], 7,
-     None, "boom"),
-    ("flat (DashScope)", [{"code": "Bad", "message": "boom", "request_id": "q"}], [], "Bad", None,
-     "boom"),
+    ("detail with a status or code", [CA, {"detail": "boom", "status": 500, "code": 7}],
+     [A], 7, None, "boom"),
+    ("base_resp (MiniMax)", [{"base_resp": {"status_code": 1004, "status_msg": "boom"}}],
+     [], 1004, None, "boom"),
+    ("errors (Cloudflare)", [{"success": False, "errors": [{"code": 7, "message": "boom"}]}],
+     [], 7, None, "boom"),
+    ("flat (DashScope)", [{"code": "Bad", "message": "boom", "request_id": "q"}], [], "Bad", None, "boom"),
     ("flat, other names (Baidu)", [{"error_code": 17, "error_msg": "boom"}], [], 17, None, "boom"),
-    ("a line of JSON (Gemini behind bifrost)", sse(CA) + sse({"error": ERROR}, start="", end="\n"),
-     [A], 500, "t", "boom"),
-    ("indented JSON", sse(CA) + json.dumps({"error": ERROR}, indent=2).encode(), [A], 500, "t",
-     "boom"),
-    ("a list in a data line (Gemini)", [CA, json.dumps([{"error": ERROR}])], [A], 500, "t", "boom"),
-    ("JSON and no stream", json.dumps({"error": ERROR}).encode(), [], 500, "t", "boom"),
-    ("behind a cut event", sse(CA) + b'data: {"choices":[{"de\n' + sse({"error": ERROR}), [A], 500,
-     "t", "boom"),
-    ("line ends unescaped (transformers serve)", sse(CA, CUDA), [A], None, None,
-     "CUDA error: boom Compile with `X`."),
-    ("quotes unescaped", [CA, '{"error": "no "x" here"}', DONE], [A], None, None,
-     '{"error": "no "x" here"}'),
-    ("cut in its text (LocalAI)", sse(CA) + b'data: {"error": {boom', [A], None, None,
-     '{"error": {boom'),
+    ("a line of JSON (Gemini behind bifrost)",
+     sse(CA) + sse({"error": ERROR}, start="", end="\n"), [A], *ALL),
+    ("indented JSON", sse(CA) + json.dumps({"error": ERROR}, indent=2).encode(), [A], *ALL),
+    ("a list in a data line (Gemini)", [CA, json.dumps([{"error": ERROR}])], [A], *ALL),
+    ("JSON and no stream", json.dumps({"error": ERROR}).encode(), [], *ALL),
+    ("behind a cut event", sse(CA) + b'data: {"choices":[{"de\n' + sse({"error": ERROR}), [A], *ALL),
+    ("line ends unescaped (transformers serve)", sse(CA, CUDA),
+     [A], None, None, "CUDA error: boom Compile with `X`."),
+    ("quotes unescaped", [CA, '{"error": "no "x" here"}', DONE],
+     [A], None, None, '{"error": "no "x" here"}'),
+    ("cut in its text (LocalAI)", sse(CA) + b'data: {"error": {boom', [A], None, None, '{"error": {boom'),
     ("a half before an error", [C("\ud83d"), {"error": "boom"}], [T("\ufffd")], *BOOM),
-    ("the last words (llama.cpp's router)", sse(CA) + b"proxy error: boom", [A], None, None,
-     "proxy error: boom"),
+    ("the last words (llama.cpp's router)", sse(CA) + b"proxy error: boom",
+     [A], None, None, "proxy error: boom"),
     ("the last words in data:, before [DONE]", [CA, "boom", DONE], [A], *BOOM),
 ]
 
-@pytest.mark.parametrize("row", ERROR_ROWS, ids=ids(ERROR_ROWS))
-def test_error_rows_cut_anywhere(row):
-    _, body, events, code, kind, message = row
+@pytest.mark.parametrize("row, body, events, code, type, message", ERROR_ROWS, ids=ids(ERROR_ROWS))
+def test_error_rows_cut_anywhere(row, body, events, code, type, message):
     for blocks in cuts(bytes_of(body)):
-        got, failure = decode(blocks)
-        assert (got, type(failure)) == (events, cs.ServerError), blocks
-        assert (failure.code, failure.type, failure.message) == (code, kind, message)
-        assert message in str(failure)
+        failure = fails(decode(blocks), cs.ServerError, message, got=events, code=code, type=type,
+                        message=message)
         assert isinstance(failure.raw, (dict, list, str))
     partial = collect(cs.aggregate(cs.decode([bytes_of(body)])))[1].partial
     assert [m.content for m in partial] == ["".join(e.text for e in events)] * bool(events)
@@ -1011,101 +1025,84 @@ def test_an_errors_raw_is_its_json_or_its_text():
 
 # Tool calls of the whole message: (rule, deltas, [(id, name, arguments)]); None: any id.
 
-def fragments(*pieces, first=(0, "i", "f"), index=0):
-    """Deltas of one call: its head in the first one, then pieces of its arguments."""
-    rest = [tool(index, None, None, piece) for piece in pieces[1:]]
-    return [tool(*first, pieces[0]), *rest]
-
 I_F, J_G, F, G = ("i", "f", "{}"), ("j", "g", "[]"), (None, "f", "{}"), (None, "g", "[]")
+I_A = ("i", "f", '{"a":1}')
 CALL_ROWS = [
-    ("in fragments (OpenAI)", [*fragments("", "{", "}"), tool(1, "j", "g", "[]")], [I_F, J_G]),
-    ("no index (Mistral, Gemini, Ollama)", [tool(None, "i", "f", "{}"), tool(None, "j", "g", "[]")],
-     [I_F, J_G]),
-    ("no index, fragments", [tool(None, "i", "f", "{"), tool(None, None, None, "}"), tool(None,
-     None, "g", "["), tool(None, "", "", "]")], [I_F, G]),
-    ("no index, by id", [tool(None, "i", "f", "{"), tool(None, "j", "g", "["), tool(None, "i", None,
-     "}"), tool(None, "j", "g", "]")], [I_F, J_G]),
-    ("no index, two of one name, no id", [tool(None, None, "f", "{}")] * 2, [F, F]),
+    ("in fragments (OpenAI)", [*fragments("", "{", "}"), NEXT], [I_F, J_G]),
+    ("no index (Mistral, Gemini, Ollama)", [tool(None, *I_F), tool(None, *J_G)], [I_F, J_G]),
+    ("no index, fragments", [tool(None, "i", "f", "{"), arg("}", None), tool(None, None, "g", "["),
+     tool(None, "", "", "]")], [I_F, G]),
+    ("no index, by id", [tool(None, "i", "f", "{"), tool(None, "j", "g", "["),
+     tool(None, "i", None, "}"), tool(None, "j", "g", "]")], [I_F, J_G]),
+    ("no index, two of one name, no id", [tool(None, *F)] * 2, [F, F]),
     ("no index, the id later", [tool(None, None, "f", "{"), tool(None, "i", None, "}")], [I_F]),
-    ("all index 0, whole (Ollama, Cerebras)", [tool(0, "i", "f", "{}"), tool(0, "j", "g", "[]"),
-     tool(0, "k", "f", "{}")], [I_F, J_G, ("k", "f", "{}")]),
-    ("all index 0, no id, another name", [tool(0, None, "f", "{}"), tool(0, None, "g", "[]")], [F,
-     G]),
-    ("all index 0, no id, another name without arguments", [tool(0, None, "f", "{}"), tool(0, None,
-     "g", ""), tool(0, None, None, "[]")], [F, G]),
-    ("all index 0, no id, one name", [tool(0, None, "f", '{"a":"}"}'), tool(0, None, "f",
-     '{"a":2}')], [(None, "f", '{"a":"}"}'), (None, "f", '{"a":2}')]),
-    ("first index 1 or -1 (Claude behind gateways, zAI)", [tool(1, "i", "f", "{"), tool(1, None,
-     None, "}"), tool(-1, "j", "g", "[]")], [I_F, J_G]),
-    ("an index that is no int", [D(tool_calls=[{"index": odd, "id": i, "function": {"name": "f",
-     "arguments": "{}"}}]) for odd, i in (([], "i"), ("0", "j"), (0.0, "k"), (True, "l"))], [(i,
-     "f", "{}") for i in "ijkl"]),
-    ("empty id and name later (DashScope, GLM)", [tool(0, "i", "f", "{", type="function"), tool(0,
-     "", "", "}", type="")], [I_F]),
-    ("id and name repeated (Kimi, llama-cpp-python)", [tool(0, "i", "f", "{"), tool(0, "i", "f",
-     "}")], [I_F]),
-    ("the name repeated, no id", [tool(0, None, "f", c) for c in ('{"a', '\\"}', '":1}')], [(None,
-     "f", '{"a\\"}":1}')]),
-    ("a new id on every fragment (OCI via LiteLLM)", [tool(0, "i", "f", "{"), tool(0, "j", "",
-     "}")], [I_F]),
-    ("the name later, with another id (Command-A)", [tool(0, "i", "", ""), tool(0, "i2", "f",
-     "{}")], [I_F]),
-    ("a second call's id before its name", [tool(0, "i", "f", "{}"), tool(1, "j"), tool(1, None,
-     "g", "[]")], [I_F, J_G]),
-    ("several in one delta (Mistral)", [D(tool_calls=[{"id": i, "function": {"name": n,
-     "arguments": a}} for i, n, a in (I_F, J_G)])], [I_F, J_G]),
-    ("arguments null, absent, an object (Writer)", [tool(0, "i", "f"), D(tool_calls=[{"index": 0,
-     "function": {"arguments": None}}]), tool(1, "j", "g", {"a": 1})], [("i", "f", ""), ("j", "g",
-     '{"a": 1}')]),
-    ("objects again count no more", [tool(0, "i", "f", a) for a in ({}, {"a": 1}, {"a": 2})],
-     [I_F]),
-    ("no id (NIM, StepFun)", [tool(0, None, "f", "{}"), tool(1, None, "g", "[]")], [F, G]),
-    ("one id for two (DeepSeek, Zhipu)", [tool(0, "i", "f", "{}"), tool(1, "i", "g", "[]")], [I_F,
-     G]),
-    ("interleaved", [tool(0, "i", "f", "{"), tool(1, "j", "g", "["), tool(0, None, None, "}"),
-     tool(1, None, None, "]")], [I_F, J_G]),
-    ("whatever the reason (Gemini, Ollama)", [tool(0, "i", "f", "{}"), STOP], [I_F]),
-    ("the last fragment under the next index (Nebius)", [*fragments("", "{"), tool(1, None, None,
-     "}")], [I_F]),
-    ("each fragment under an index of its own (ollama.com)", [tool(0, "i", "f", "{"), *[tool(n,
-     None, None, c) for n, c in enumerate('"a":1}', 1)]], [("i", "f", '{"a":1}')]),
-    ("an index that moved, then its own again", [tool(0, "i", "f", "{}"), tool(0, "j", "g", "["),
-     tool(1, None, None, "]")], [I_F, J_G]),
-    ("an unknown index with a known id", [tool(0, "i", "f", "{"), tool(1, "j", "g", "[]"), tool(2,
-     "i", None, "}")], [I_F, J_G]),
-    ("an unknown index with a new id", [tool(0, "i", "f", "{}"), tool(1, "j", None, "[]")], [I_F,
-     ("j", "", "[]")]),
-    ("{} first (Claude on Bedrock behind gateways)", fragments("{}", '{"a"', ":1}"), [("i", "f",
-     '{"a":1}')]),
+    ("all index 0, whole (Ollama, Cerebras)", [TOOL, tool(0, *J_G), tool(0, "k", "f", "{}")],
+     [I_F, J_G, ("k", "f", "{}")]),
+    ("all index 0, no id, another name", [tool(0, *F), tool(0, *G)], [F, G]),
+    ("all index 0, no id, another name without arguments",
+     [tool(0, *F), tool(0, None, "g", ""), arg("[]")], [F, G]),
+    ("all index 0, no id, one name", [tool(0, None, "f", a) for a in ('{"a":"}"}', '{"a":2}')],
+     [(None, "f", '{"a":"}"}'), (None, "f", '{"a":2}')]),
+    ("first index 1 or -1 (Claude behind gateways, zAI)",
+     [tool(1, "i", "f", "{"), arg("}", 1), tool(-1, *J_G)], [I_F, J_G]),
+    ("an index that is no int",
+     [tool(odd, i, "f", "{}") for odd, i in (([], "i"), ("0", "j"), (0.0, "k"), (True, "l"))],
+     [(i, "f", "{}") for i in "ijkl"]),
+    ("empty id and name later (DashScope, GLM)",
+     [tool(0, "i", "f", "{", type="function"), tool(0, "", "", "}", type="")], [I_F]),
+    ("id and name repeated (Kimi, llama-cpp-python)", [tool(0, "i", "f", c) for c in "{}"], [I_F]),
+    ("the name repeated, no id", [tool(0, None, "f", c) for c in ('{"a', '\\"}', '":1}')],
+     [(None, "f", '{"a\\"}":1}')]),
+    ("a new id on every fragment (OCI via LiteLLM)",
+     [tool(0, "i", "f", "{"), tool(0, "j", "", "}")], [I_F]),
+    ("the name later, with another id (Command-A)",
+     [tool(0, "i", "", ""), tool(0, "i2", "f", "{}")], [I_F]),
+    ("a second call's id before its name", [TOOL, tool(1, "j"), tool(1, *G)], [I_F, J_G]),
+    ("several in one delta (Mistral)", [D(tool_calls=[
+     {"id": i, "function": {"name": n, "arguments": a}} for i, n, a in (I_F, J_G)])], [I_F, J_G]),
+    ("arguments null, absent, an object (Writer)",
+     [tool(0, "i", "f"), D(tool_calls=[{"index": 0, "function": {"arguments": None}}]),
+      tool(1, "j", "g", {"a": 1})], [("i", "f", ""), ("j", "g", '{"a": 1}')]),
+    ("objects again count no more",
+     [tool(0, "i", "f", a) for a in ({}, {"a": 1}, {"a": 2})], [I_F]),
+    ("no id (NIM, StepFun)", [tool(0, *F), tool(1, *G)], [F, G]),
+    ("one id for two (DeepSeek, Zhipu)", [TOOL, tool(1, "i", "g", "[]")], [I_F, G]),
+    ("interleaved",
+     [tool(0, "i", "f", "{"), tool(1, "j", "g", "["), arg("}"), arg("]", 1)], [I_F, J_G]),
+    ("whatever the reason (Gemini, Ollama)", [TOOL, STOP], [I_F]),
+    ("the last fragment under the next index (Nebius)", [*fragments("", "{"), arg("}", 1)], [I_F]),
+    ("each fragment under an index of its own (ollama.com)",
+     [tool(0, "i", "f", "{"), *[arg(c, n) for n, c in enumerate('"a":1}', 1)]], [I_A]),
+    ("an index that moved, then its own again",
+     [TOOL, tool(0, "j", "g", "["), arg("]", 1)], [I_F, J_G]),
+    ("an unknown index with a known id",
+     [tool(0, "i", "f", "{"), NEXT, tool(2, "i", None, "}")], [I_F, J_G]),
+    ("an unknown index with a new id", [TOOL, tool(1, "j", None, "[]")], [I_F, ("j", "", "[]")]),
+    ("{} first (Claude on Bedrock behind gateways)", fragments("{}", '{"a"', ":1}"), [I_A]),
     ("{} twice", fragments("{}", "{}"), [I_F]),
-    ("cumulative (DeepSeek on Qianfan)", fragments("", '{"a"', '{"a":', '{"a":1}'), [("i", "f",
-     '{"a":1}')]),
-    ("once more as a whole (vLLM's xlam)", fragments('{"a"', ":1}", '{"a":1}'), [("i", "f",
-     '{"a":1}')]),
-    ("first as a whole", fragments('{"a":1}', '{"a"', ":1}"), [("i", "f", '{"a":1}')]),
-    ("again with other blanks (Gemini)", fragments('{"a":', "1}", '{"a": 1}'), [("i", "f",
-     '{"a": 1}')]),
-    ("again with other escapes", fragments('{"a":"\\u00fc', '"}', '{"a":"ü"}'), [("i", "f",
-     '{"a":"ü"}')]),
-    ("again in another order (Cerebras)", fragments('{"a":1,', '"b":2}', '{"b":2,"a":1}'), [("i",
-     "f", '{"b":2,"a":1}')]),
-    ("again, the first not closed", fragments('{"a":1', ',"b":2', '{"a": 1, "b": 2}'), [("i", "f",
-     '{"a": 1, "b": 2}')]),
+    ("cumulative (DeepSeek on Qianfan)", fragments("", '{"a"', '{"a":', '{"a":1}'), [I_A]),
+    ("once more as a whole (vLLM's xlam)", fragments('{"a"', ":1}", '{"a":1}'), [I_A]),
+    ("first as a whole", fragments('{"a":1}', '{"a"', ":1}"), [I_A]),
+    ("again with other blanks (Gemini)", fragments('{"a":', "1}", '{"a": 1}'), [("i", "f", '{"a": 1}')]),
+    ("again with other escapes", fragments('{"a":"\\u00fc', '"}', '{"a":"ü"}'), [("i", "f", '{"a":"ü"}')]),
+    ("again in another order (Cerebras)", fragments('{"a":1,', '"b":2}', '{"b":2,"a":1}'),
+     [("i", "f", '{"b":2,"a":1}')]),
+    ("again, the first not closed", fragments('{"a":1', ',"b":2', '{"a": 1, "b": 2}'),
+     [("i", "f", '{"a": 1, "b": 2}')]),
     ("stays: cut", fragments('{"a"', ":["), [("i", "f", '{"a":[')]),
     ("stays: two objects", fragments('{"a":1}', '{"b":2}'), [("i", "f", '{"a":1}{"b":2}')]),
     ("stays: 1 is not true", fragments('{"a":1}', '{"a":true}'), [("i", "f", '{"a":1}{"a":true}')]),
-    ("stays: objects alike inside each other, cut", fragments('{"', "a", '":', '{"', "a", '":', "1",
-     "}"), [("i", "f", '{"a":{"a":1}')]),
+    ("stays: objects alike inside each other, cut",
+     fragments('{"', "a", '":', '{"', "a", '":', "1", "}"), [("i", "f", '{"a":{"a":1}')]),
     ("stays: free text of a custom tool", [D(tool_calls=[{"index": 0, "id": "i",
      "custom": {"name": "f", "input": t}}]) for t in ("{}", "[]")], [("i", "f", "{}[]")]),
-    ("without function around it", [D(tool_calls=[{"index": 0, "id": "i", **more}]) for more in (
-        {"name": "f"}, {"arguments": '{"a"'}, {"arguments": ":1}"})], [("i", "f", '{"a":1}')]),
-    ("sent again under another index (new-api, LocalAI)", [tool(0, "i", "f", "{}"), tool(1, "i",
-     "f", "{}"), tool(2, "j", "f", "{}")], [I_F, ("j", "f", "{}")]),
-    ("not sent again: other arguments", [tool(0, "i", "f", "{}"), tool(1, "i", "f", "[]")], [I_F,
-     (None, "f", "[]")]),
-    ("neither name nor arguments", [tool(0, "i"), tool(1, "j", "g", "[]")], [J_G]),
-    ("arguments alone", [tool(0, None, None, "{}")], [(None, "", "{}")]),
+    ("without function around it", [D(tool_calls=[{"index": 0, "id": "i", **more}])
+     for more in ({"name": "f"}, {"arguments": '{"a"'}, {"arguments": ":1}"})], [I_A]),
+    ("sent again under another index (new-api, LocalAI)",
+     [TOOL, tool(1, *I_F), tool(2, "j", "f", "{}")], [I_F, ("j", "f", "{}")]),
+    ("not sent again: other arguments", [TOOL, tool(1, "i", "f", "[]")], [I_F, (None, "f", "[]")]),
+    ("neither name nor arguments", [tool(0, "i"), NEXT], [J_G]),
+    ("arguments alone", [arg("{}")], [(None, "", "{}")]),
 ]
 
 @pytest.mark.parametrize("row, chunks, expected", CALL_ROWS, ids=ids(CALL_ROWS))
@@ -1123,8 +1120,7 @@ def test_raw_loses_nothing():
     chunks = [C("a", odd=[1]), {"type": "ping"}, CA, CA, STOP, {"error": "boom"}]
     got, failure = answers([reply(b": x\n\n" + sse(*chunks))], raw=True)
     assert [e.data for e in got if isinstance(e, Chunk)] == chunks
-    assert got[:2] == [Chunk(chunks[0]), A]
-    assert failure.message == "boom"
+    assert (got[:2], failure.message) == ([Chunk(chunks[0]), A], "boom")
 
 # An answer that is no stream; errors in JSON that nobody can read
 
@@ -1152,58 +1148,52 @@ def test_nothing_understood_is_said(body, quoted, strict):
 
 def test_nothing_understood_quotes_the_content_type():
     text = b"<html>busy</html> " + b"x" * 1000
-    _, failure = answers([reply(text, "200 OK", "Content-Encoding: br", type="a/b")])
-    assert type(failure) is cs.StreamError
-    assert "<html>busy</html>" in str(failure)
-    assert "(a/b, br)" in str(failure)
-    assert len(str(failure)) < 400
+    call = answers([reply(text, "200 OK", "Content-Encoding: br", type="a/b")])
+    assert len(str(fails(call, cs.StreamError, "<html>busy</html>", "(a/b, br)"))) < 400
 
 def test_skipped_text_is_quoted_once(caplog):
     bad = "{oops " + "x" * 5000
     assert decode([sse(CA, bad, bad, STOP)])[0] == [A, completed(skipped=2)]
-    (line,) = warnings_in(caplog)
-    assert "{oops" in line
-    assert "2 time" in line
-    assert len(line) < 400
+    assert len(warned(caplog, "{oops", "2 time")) < 400
 
 @pytest.mark.parametrize("bad", ["{oops", "words", "5"])
 def test_strict_makes_skipped_text_an_error(bad):
-    got, failure = answers([reply(sse(CA, bad, CB, DONE))], strict=True)
-    assert (got, type(failure), failure.data) == ([A], cs.MalformedChunkError, bad)
+    call = answers([reply(sse(CA, bad, CB, DONE))], strict=True)
+    fails(call, cs.MalformedChunkError, got=[A], data=bad)
 
-# Replies that are not 2xx: (body, content type, the sentence in it)
+# Replies that are not 2xx
 
 NO = "no such model"
+#: (body, content type, the sentence in it)
 REPLIES = [
     ({"error": {"message": NO}}, "application/json", NO),
     ([{"error": {"message": NO}}], "application/json", NO),
-    ({"message": {"detail": [{"msg": NO}]}}, "x/y", NO),
     ({"detail": NO}, "application/json", NO),
+    (b"no such\n model", "text/plain", NO),
+    *((body, "x/y", NO) for body in (
+        {"message": {"detail": [{"msg": NO}]}},
+        {"error": {"message": json.dumps({"error": {"message": NO}})}},
+        {"error": {"message": NO, "metadata": {"raw": '{"code":1}'}}},
+        {"error": {"message": "Provider error", "metadata": {"raw": json.dumps({"error": NO})}}},
+        {"error": "invalid", "error_description": NO},
+        {"errors": {"model": [NO]}, "message": NO},
+        {"errors": [{"message": NO}]},
+        {"Message": NO},
+        {"Error": {"Message": NO}},
+        {"title": NO, "status": 404},
+        {"error": "not_found", "detail": NO},
+        b"\xef\xbb\xbf" + json.dumps({"error": NO}).encode(),
+        b'id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"code":"X","message":"no such model"}\n\n',
+        b'{"x":1}\n{"message":"no such model"}',
+        {"error": {"message": "<!DOCTYPE html><title>no such model</title>1.2.3.4"}})),
     ({"detail": [{"msg": 'no "x"', "input": "x" * 1000}]}, "x/y", 'no "x"'),
-    ({"error": {"message": json.dumps({"error": {"message": NO}})}}, "x/y", NO),
-    ({"error": {"message": NO, "metadata": {"raw": '{"code":1}'}}}, "x/y", NO),
-    ({"error": {"message": "Provider error", "metadata": {"raw": json.dumps({"error": NO})}}},
-     "x/y", NO),
-    ({"error": "invalid", "error_description": NO}, "x/y", NO),
-    ({"errors": {"model": [NO]}, "message": NO}, "x/y", NO),
-    ({"errors": [{"message": NO}]}, "x/y", NO),
-    ({"Message": NO}, "x/y", NO),
-    ({"Error": {"Message": NO}}, "x/y", NO),
-    ({"title": NO, "status": 404}, "x/y", NO),
-    ({"error": "not_found", "detail": NO}, "x/y", NO),
     ({"error": "not_found"}, "x/y", "not_found"),
     ({"error": "<|end|> is " + NO}, "x/y", "<|end|> is " + NO),
     ({"error": "an <html> is " + NO}, "x/y", "an <html> is " + NO),
-    (b"no such\n model", "text/plain", NO),
-    (b"\xef\xbb\xbf" + json.dumps({"error": NO}).encode(), "x/y", NO),
-    (b'id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"code":"X","message":"no such model"}\n\n', "x/y",
-     NO),
-    (b'{"x":1}\n{"message":"no such model"}', "x/y", NO),
+    ({"error": "<body>1.2.3.4"}, "x/y", ""),
     (b"<html><title>502 &amp; out</title>1.2.3.4</html>", "text/html", "502 & out"),
     (b"\xef\xbb\xbf<html><title>502</title>1.2.3.4</html>", "text/html", "502"),
     (b"<html>1.2.3.4</html>", "text/html", ""),
-    ({"error": {"message": "<!DOCTYPE html><title>no such model</title>1.2.3.4"}}, "x/y", NO),
-    ({"error": "<body>1.2.3.4"}, "x/y", ""),
     (b"no such model " * 100, "text/plain", (b"no such model " * 100).decode().strip()),
     (b"", None, ""),
     ([], "application/json", ""),
@@ -1216,9 +1206,8 @@ def test_error_replies_have_one_readable_sentence(body, type, message):
     assert "1.2.3.4" not in str(failure)
     assert (message or "Not Found") in str(failure)
 
-REQUEST_IDS = [
-    "x-request-id", "apim-request-id", "x-ms-request-id", "x-generation-id", "x-litellm-call-id", "cf-ray",
-]
+REQUEST_IDS = ["x-request-id", "apim-request-id", "x-ms-request-id", "x-generation-id",
+               "x-litellm-call-id", "cf-ray"]
 
 @pytest.mark.parametrize("position", range(len(REQUEST_IDS)))
 def test_request_ids_in_order(position):
@@ -1241,13 +1230,10 @@ def test_reply_headers():
 
 @pytest.mark.parametrize("status", ["200 OK", "400 Bad"])
 def test_an_error_can_be_printed_whatever_the_server_says(status):
-    body = {"error": {"message": "half \ud83d", "code": "\udc69"}}
-    _, failure = answers([error(status, body)])
+    """Halves of characters go, and texts are bounded and plain."""
+    _, failure = answers([error(status, {"error": {"message": "half \ud83d", "code": "\udc69"}})])
     assert failure.message == "half \ufffd"
     everything_about(failure).encode()
-
-@pytest.mark.parametrize("status", ["200 OK", "400 Bad"])
-def test_texts_of_errors_are_bounded_and_plain(status):
     body = {"error": {"message": "\x1b[31mred\x9b1m " + "x" * 60_000}}
     _, failure = answers([error(status, body, f"Location: {'/' * 60_000}")])
     assert len(failure.message) <= 2000
@@ -1265,25 +1251,24 @@ def test_texts_of_errors_are_bounded_and_plain(status):
     ([HOLD], ""),
 ], ids=["endless", "stalled", "inside a chunk", "garbage", "cut", "nothing"])
 def test_an_error_body_never_hides_the_status(script, body, closing, monkeypatch):
-    bound = SOON if HOLD in script else PATIENCE
-    monkeypatch.setattr(cs, "_ERROR_BODY_SECONDS", bound)
+    monkeypatch.setattr(cs, "_ERROR_BODY_SECONDS", SOON if HOLD in script else PATIENCE)
     start = head("400 Bad", "Transfer-Encoding: chunked", *closing, type="text/plain")
-    _, failure = answers([start + b"".join(script[:-1]), script[-1]])
-    assert (type(failure), failure.status) == (cs.StatusError, 400)
-    assert failure.body == body
+    call = answers([start + b"".join(script[:-1]), script[-1]])
+    fails(call, cs.StatusError, status=400, body=body)
 
 # Bounds, and input that means harm
 
-@pytest.mark.parametrize("endless", [
-    b"x" * 65536, b"data: " + b"x" * 65536, b"data: xxx\n" * 6000, b"xxx\n" * 16000, b"data:\n" * 10000,
-    b": x\n" * 10000, b'data: {"choices": []}\n\n' * 3000, b'data: {"x": 1}\n\n' * 3000,
-], ids=["text", "line", "data lines", "text lines", "empty data lines", "comments", "no choice",
-        "no chunk"])
-def test_endless_events_end_in_an_error(endless, monkeypatch):
+ENDLESS = {
+    "text": b"x" * 65536, "line": b"data: " + b"x" * 65536, "data lines": b"data: xxx\n" * 6000,
+    "text lines": b"xxx\n" * 16000, "empty data lines": b"data:\n" * 10000,
+    "comments": b": x\n" * 10000, "no choice": b'data: {"choices": []}\n\n' * 3000,
+    "no chunk": b'data: {"x": 1}\n\n' * 3000,
+}
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_endless_events_end_in_an_error(what, monkeypatch):
     monkeypatch.setattr(cs, "_MAX_EVENT", 1 << 17)
-    got, failure = answers([CHUNKED, pour(chunked(endless))])
-    assert (got, type(failure)) == ([], cs.StreamError)
-    assert str(1 << 17) in str(failure)
+    fails(answers([CHUNKED, pour(chunked(ENDLESS[what]))]), cs.StreamError, str(1 << 17))
 
 def test_one_large_event_in_small_reads():
     text = "x" * (8 << 20)
@@ -1302,19 +1287,17 @@ def test_choices_and_calls_have_a_limit(monkeypatch):
         monkeypatch.setattr(cs, name, 10)
     chunk = {"choices": [{"index": n} for n in range(11)]}
     assert "at most 10 choices" in str(decode([sse(chunk)])[1])
-    calls = [tool(None, f"i{n}", "f", "{}") for n in range(11)]
-    got, failure = decode([sse(*calls)])
-    assert (len(got), type(failure)) == (10, cs.StreamError)
-    assert "at most 10 tool calls" in str(failure)
-    deltas = [tool(0, "i", "f", ""), *[tool(n, None, None, "x") for n in range(1, 500)]]
+    calls = [ToolCallDelta(n, f"i{n}", "f", "{}") for n in range(10)]
+    fails(decode([sse(*[tool(None, f"i{n}", "f", "{}") for n in range(11)])]), cs.StreamError,
+          "at most 10 tool calls", got=calls)
+    deltas = [tool(0, "i", "f", ""), *[arg("x", n) for n in range(1, 500)]]
     (message, _) = cs.aggregate(decode([sse(*deltas, DONE)])[0])
     assert message.tool_calls[0].arguments == "x" * 499
 
 @pytest.mark.parametrize("deep", ["[" * 100_000, '{"a":' * 100_000, "[" * 5000 + "]" * 5000])
 def test_deep_json_is_text_that_nobody_can_read(deep):
     got, failure = decode([sse(CA, deep, STOP)])
-    assert failure is None
-    assert got[-1].skipped == 1
+    assert (failure, got[-1].skipped) == (None, 1)
 
 # decode()
 
@@ -1333,8 +1316,7 @@ def test_decode_wants_an_iterable_of_bytes(wrong):
         list(cs.decode(["text"]))
 
 @pytest.mark.parametrize("fault", [
-    OSError("disk"), ValueError("x"), cs.ServerError("x"), cs.TruncatedStreamError("x"),
-    TimeoutError("x"),
+    kind("x") for kind in (OSError, ValueError, cs.ServerError, cs.TruncatedStreamError, TimeoutError)
 ])
 def test_decode_raises_what_its_source_raises(fault):
     def source():
@@ -1353,6 +1335,17 @@ def test_decode_stops_at_done():
         raise AssertionError("read on")
 
     assert list(cs.decode(source())) == AB
+
+def test_reads_without_any_text_between_cr_and_lf():
+    body = b'event: error\r\ndata: {"message":"CUDA oom"}\r\n\r\n'
+    for packed in (gzip.compress(body), gzip.compress(body, 0)):
+        call = decode([packed[at : at + 1] for at in range(len(packed))])
+        fails(call, cs.ServerError, message="CUDA oom")
+
+def test_a_line_that_is_data_without_a_colon_is_padding():
+    assert decode([sse(CA, STOP) + b"data\n\n"]) == ([A, END], None)
+    fails(decode([sse(CA) + b"data\n\n"], strict=True), cs.TruncatedStreamError,
+          "without a finish_reason", got=[A])
 
 def test_what_the_caller_does_to_an_event_changes_nothing_later():
     details = [{"text": "r"}]
@@ -1388,8 +1381,8 @@ FINISHES = [
     ([CA, STOP, C("b", "stop", index=1)], True, True),
     ([{"choices": []}], False, None),
     ([], False, None),
-    *[([CA, C(finish=reason)], False, False) for reason in ("abort", "timeout", "error",
-     "overloaded_error", "CANCELLED", "failed")],
+    *[([CA, C(finish=reason)], False, False) for reason in (
+        "abort", "timeout", "error", "overloaded_error", "CANCELLED", "failed")],
     ([CA, C(finish="abort"), DONE], False, None),
     ([CA, C(finish="eos")], True, True),
 ]
@@ -1416,19 +1409,15 @@ def test_what_a_cut_does_to_it(chunks, survives, end, caplog):
 def test_a_reason_of_failure_is_named(reason, caplog):
     body = sse(CA, C(finish=reason), DONE)
     assert decode([body])[0] == [A, completed(reason)]
-    (line,) = warnings_in(caplog)
+    line = warned(caplog, "may be cut")
     assert re.search(f"finish_reason.*{reason}|{reason}.*finish_reason", line)
-    assert "may be cut" in line
     assert reason in str(decode([body], strict=True)[1])
 
 @pytest.mark.parametrize("chunks, warns", [
     ([STOP, DONE], True),
     ([C(finish="length"), {"choices": [], "usage": USAGE}], True),
-    ([D(reasoning_content="r"), STOP], False),
-    ([D(reasoning_opaque="o"), STOP], False),
-    ([D(refusal="no"), STOP], False),
-    ([tool(0, "i", "f"), STOP], False),
-    ([CA, STOP], False),
+    *(([chunk, STOP], False) for chunk in (
+        D(reasoning_content="r"), D(reasoning_opaque="o"), D(refusal="no"), tool(0, "i", "f"), CA)),
 ])
 def test_a_finished_answer_with_nothing_in_it_is_a_warning(chunks, warns, caplog):
     """LM Studio's prompt beyond the context, pictures: no error, but nothing to read."""
@@ -1439,26 +1428,15 @@ def test_a_finished_answer_with_nothing_in_it_is_a_warning(chunks, warns, caplog
         assert "empty" in lines[0]
         assert re.search("stop|length", lines[0])
 
-@pytest.mark.parametrize("text, quoted", [
-    ('{"choices": [{"del', '{"choices": [{"del'),
-    ("[1, 2", "[1, 2"),
-])
-def test_a_cut_chunk_at_the_end_is_quoted(text, quoted, caplog):
-    body = sse(CA) + f"data: {text}".encode()
-    assert decode([body])[0] == [A, completed(None, skipped=1)]
-    assert any("behind" in line and quoted in line for line in warnings_in(caplog))
-    _, failure = decode([sse(CA) + text.encode()], strict=True)
-    assert quoted in str(failure)
+@pytest.mark.parametrize("text", ['{"choices": [{"del', "[1, 2"])
+def test_a_cut_chunk_at_the_end_is_quoted(text, caplog):
+    assert decode([sse(CA) + f"data: {text}".encode()])[0] == [A, completed(None, skipped=1)]
+    assert any("behind" in line and text in line for line in warnings_in(caplog))
+    assert text in str(decode([sse(CA) + text.encode()], strict=True)[1])
 
-@pytest.mark.parametrize("body", [
-    sse(CA) + b"words",
-    sse(CA, "words", DONE),
-    sse(CA) + b"data: words\n",
-])
-def test_the_last_words_are_the_servers(body):
-    got, failure = decode([body])
-    assert (got, type(failure), failure.message) == ([A], cs.ServerError, "words")
-    assert failure.raw == "words"
+@pytest.mark.parametrize("more", [b"words", sse("words", DONE), b"data: words\n"])
+def test_the_last_words_are_the_servers(more):
+    fails(decode([sse(CA) + more]), cs.ServerError, got=[A], message="words", raw="words")
 
 EVENT = sse(CA)
 PACKER = zlib.compressobj(wbits=31)
@@ -1496,30 +1474,26 @@ def test_a_cut_before_the_first_event_is_retried(how, sleeps):
     with Server(script, script, [reply(PLAIN)]) as server:
         assert list(ask(server, max_retries=2)) == AB
         assert len(server.requests) == 3
-    got, failure = answers(script, max_retries=1)
-    assert (got, type(failure), failure.attempts) == ([], cs.TransportError, 2)
+    fails(answers(script, max_retries=1), cs.TransportError, attempts=2)
 
-#: Where the headers of a 2xx reply can end: inside a line, and at the end of one, and then
-#: they name no length and not one byte of a body comes.
-HEADS = [
-    "H",
-    "HTTP/1.1 200",
-    "HTTP/1.1 200 OK\r\n",
-    "HTTP/1.1 200 OK\r\nServer: a\r\nContent-Ty",
-    "HTTP/1.1 200 OK\r\nServer: a\r\nContent-Type: tex",
-    "HTTP/1.1 200 OK\r\nContent-Type: a/b\r\n",
-    "HTTP/1.1 200 OK\r\nContent-Type: a/b\r\nTransfer-",
-    "HTTP/1.1 200 OK\r\nContent-Type: a/b\r\nContent-Length:",
-    "HTTP/1.1 200 OK\r\nContent-Type: a/b\r\n\r\n",
-    "HTTP/1.0 200 OK\r\n\r\n",
-]
-
-@pytest.mark.parametrize("start", HEADS)
+@pytest.mark.parametrize("start", [
+    b"H",
+    b"HTTP/1.1 200",
+    *(b"HTTP/1.1 200 OK\r\n" + more for more in (
+        b"",
+        b"Server: a\r\nContent-Ty",
+        b"Server: a\r\nContent-Type: tex",
+        b"Content-Type: a/b\r\n",
+        b"Content-Type: a/b\r\nTransfer-",
+        b"Content-Type: a/b\r\nContent-Length:",
+        b"Content-Type: a/b\r\n\r\n")),
+    b"HTTP/1.0 200 OK\r\n\r\n",
+])
 def test_a_cut_inside_the_headers_is_retried(start, sleeps):
-    with Server([start.encode(), CLOSE], [reply(PLAIN)]) as server:
+    """Inside a line; or at its end, where no length is named and no byte of a body comes."""
+    with Server([start, CLOSE], [reply(PLAIN)]) as server:
         assert list(ask(server, max_retries=1)) == AB
-    got, failure = answers([start.encode(), CLOSE])
-    assert (got, type(failure)) == ([], cs.TransportError)
+    fails(answers([start, CLOSE]), cs.TransportError)
 
 @pytest.mark.parametrize("start, piece", [
     (CHUNKED, chunked),
@@ -1539,14 +1513,13 @@ def test_each_event_is_handed_over_when_it_arrives(start, piece):
             turn.release()
         events.close()
 
-def test_a_socket_left_open_after_done():
-    with Server([CHUNKED + chunked(PLAIN), HOLD]) as server:
-        assert list(ask(server)) == AB
-        server.wait_for_leaving()
-
-@pytest.mark.parametrize("more", [chunked(b": more\n\n"), b"0\r\nx: y\r\n"])
+@pytest.mark.parametrize("more", [
+    HOLD,
+    pour(chunked(b": more\n\n"), pause=0.005),
+    pour(b"0\r\nx: y\r\n", pause=0.005),
+], ids=["nothing", "comments", "trailers"])
 def test_what_comes_after_done_does_not_hold_the_call(more):
-    with Server([CHUNKED + chunked(PLAIN), pour(more, pause=0.005)]) as server:
+    with Server([CHUNKED + chunked(PLAIN), more]) as server:
         assert list(ask(server)) == AB
         server.wait_for_leaving()
 
@@ -1593,38 +1566,28 @@ def cancel_soon(events, server=None):
     thread.start()
     return thread
 
-class Alarm(Exception):
-    pass
+def cancelled(call, server=None):
+    """-> the error of the call, which waits, is cancelled in another thread, and ends so."""
+    thread = cancel_soon(call, server)
+    failure = fails(call, cs.CancelledError)
+    thread.join()
+    return failure
 
 WAYS = [
-    "deadline",
-    "cancel",
-    "cancel an aggregate",
-    "cancel in a handler",
-    "a chain of aggregates",
-    TimeoutError("mine"),
-    ValueError("mine"),
-    Alarm("mine"),
-    OSError("mine"),
-    KeyboardInterrupt(),
+    "deadline", "cancel", "cancel an aggregate", "cancel in a handler", "a chain of aggregates",
+    *(kind("mine") for kind in (TimeoutError, ValueError, Exception, OSError)), KeyboardInterrupt(),
 ]
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way if isinstance(way, str) else repr(way))
 def test_what_ends_a_wait_in_each_phase(phase, way):
-    """A handler's exception passes as it is, also the TimeoutError of a common recipe,
-    which comes before the time that was set; an OSError cannot be told from the socket's.
-    A cancel() in a handler waits for no lock that it interrupts."""
+    """A handler's exception passes as it is, also the TimeoutError of a common recipe; but
+    an OSError looks like the socket's. A cancel() there waits for no lock it interrupts."""
     script, events = PHASES[phase]
     with Server(script) as server:
-        call = ask(
-            server,
-            max_retries=3 * (type(way) is not OSError),
-            deadline=LATER if way == "deadline" else None,
-        )
-        if way in ("cancel an aggregate", "a chain of aggregates"):
-            call = cs.aggregate(call, deltas=True)
-        if way == "a chain of aggregates":
+        call = ask(server, max_retries=3 * (type(way) is not OSError),
+                   deadline=LATER if way == "deadline" else None)
+        for _ in range({"cancel an aggregate": 1, "a chain of aggregates": 2}.get(way, 0)):
             call = cs.aggregate(call, deltas=True)
         assert [next(call) for _ in events] == events
         if way == "deadline":
@@ -1633,15 +1596,11 @@ def test_what_ends_a_wait_in_each_phase(phase, way):
             with alarm(lambda: cs.cancel(call)):
                 failure = collect(call)[1]
         elif isinstance(way, str):
-            thread = cancel_soon(call, server)
-            failure = collect(call)[1]
-            thread.join()
+            failure = cancelled(call, server)
         else:
-            action = (
-                (lambda: signal.raise_signal(signal.SIGINT))
-                if type(way) is KeyboardInterrupt
-                else way
-            )
+            action = way
+            if type(way) is KeyboardInterrupt:
+                action = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
             with pytest.raises((type(way), cs.ChatStreamError)) as caught, alarm(action):
                 list(call)
             failure = caught.value
@@ -1690,16 +1649,17 @@ def test_cancel_before_the_first_event_and_after_the_last(aggregated):
 def test_cancel_on_a_kept_connection():
     with Server([reply(PLAIN)], [HOLD]) as server:
         list(ask(server))
-        call = ask(server)
-        thread = cancel_soon(call)
-        assert outcome(call) == ([], cs.CancelledError)
-        thread.join()
+        cancelled(ask(server))
 
-def test_deadline_while_connecting():
+@pytest.mark.parametrize("options, kind, attempts", [
+    ({"deadline": SOON, "connect_timeout": None}, cs.DeadlineError, None),
+    ({"connect_timeout": SOON, "max_retries": 1}, cs.TransportError, 2),
+])
+def test_a_tls_handshake_that_stalls(options, kind, attempts, sleeps):
     with socket.create_server(("127.0.0.1", 0)) as listener:  # it never speaks TLS
         url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
-        got, kind = outcome(ask(url, deadline=SOON, connect_timeout=None))
-    assert (got, kind) == ([], cs.DeadlineError)
+        failure = fails(ask(url, **options), kind)
+    assert getattr(failure, "attempts", None) == attempts
 
 @pytest.mark.parametrize("script", [[UNFINISHED, HOLD], [reply(PLAIN)]])
 def test_deadline_counts_the_callers_own_time(script):
@@ -1708,8 +1668,7 @@ def test_deadline_counts_the_callers_own_time(script):
         events = ask(server, deadline=LATER)
         assert next(events) == A
         time.sleep(LATER)
-        _, failure = collect(events)
-    assert (type(failure), failure.seconds) == (cs.DeadlineError, LATER)
+        fails(events, cs.DeadlineError, seconds=LATER)
 
 def test_bounds_that_are_far_away():
     names = ("connect_timeout", "idle_timeout", "event_timeout", "deadline")
@@ -1718,24 +1677,21 @@ def test_bounds_that_are_far_away():
             assert list(ask(server, **dict.fromkeys(names, value))) == AB
 
 @pytest.mark.parametrize("drip", [
-    chunked(b": wait\n\n"), chunked(b":"), chunked(b'data: {"x'), chunked(sse({"choices": []})),
-    chunked(sse({"type": "ping"})), chunked(sse({"id": "c1"})),
+    b": wait\n\n", b":", b'data: {"x', sse({"choices": []}), sse({"type": "ping"}), sse({"id": "c1"}),
 ], ids=["comments", "a comment", "half an event", "no choice", "a ping", "an id"])
 def test_event_timeout_ends_a_drip(drip):
     """As OpenRouter's and iFlytek's keep-alives; the timeout begins with the headers."""
-    with Server([CHUNKED, pour(drip, pause=0.02)]) as server:
+    with Server([CHUNKED, pour(chunked(drip), pause=0.02)]) as server:
         got, failure = collect(ask(server, event_timeout=0.3, raw=b"choices" in drip))
-    assert (type(failure), failure.seconds) == (cs.IdleTimeoutError, 0.3)
-    assert "event_timeout" in str(failure)
+    fails(([], failure), cs.IdleTimeoutError, "event_timeout", seconds=0.3)
     assert {type(e) for e in got} <= {Chunk}
 
 def test_event_timeout_is_restarted_by_each_chunk_that_says_something():
     step, go_on = gate()
     more = [chunked(sse(CB)), step, chunked(sse(STOP, DONE)) + b"0\r\n\r\n"]
     with Server([UNFINISHED, step, *more]) as server:
-        events = ask(server, event_timeout=LATER)
         got = []
-        for event in events:
+        for event in ask(server, event_timeout=LATER):
             got.append(event)
             time.sleep(LATER)  # the caller's own time does not count
             go_on.set()
@@ -1757,19 +1713,16 @@ def mute_address():
 
 def test_connect_timeout_is_a_transport_error(sleeps):
     with mute_address() as (host, port):
-        url = f"http://{host}:{port}/v1"
-        got, failure = collect(ask(url, connect_timeout=SOON, max_retries=1))
-    assert (got, type(failure), failure.attempts) == ([], cs.TransportError, 2)
-    assert f"{SOON} s (connect_timeout)" in str(failure)
-    assert "a proxy is taken from the environment alone" in str(failure)
+        call = ask(f"http://{host}:{port}/v1", connect_timeout=SOON, max_retries=1)
+        fails(call, cs.TransportError, f"{SOON} s (connect_timeout)",
+              "a proxy is taken from the environment alone", attempts=2)
 
 def test_each_address_of_a_name_is_tried(monkeypatch):
     with Server([reply(PLAIN)]) as server, mute_address() as mute:
         places = [("127.0.0.1", closed_port()), mute, ("127.0.0.1", server.port)]
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-        url = f"http://many.test:{server.port}/v1"
-        assert list(ask(url, connect_timeout=LATER)) == AB
+        assert list(ask(f"http://many.test:{server.port}/v1", connect_timeout=LATER)) == AB
     assert server.requests[0].header("Host") == f"many.test:{server.port}"
 
 def test_a_large_upload_outlasts_connect_timeout():
@@ -1788,26 +1741,18 @@ def test_a_stalled_upload_is_not_tried_again(kept, sleeps):
     with Server(*[[reply(PLAIN)]] * kept, stall) as server:
         if kept:
             list(ask(server))
-        options = {"connect_timeout": SOON, "max_retries": 3}
-        got, failure = collect(ask(server, "x" * (64 << 20), **options))
-    assert (got, type(failure)) == ([], cs.TransportError)
-    assert "while sending" in str(failure)
+        call = ask(server, "x" * (64 << 20), connect_timeout=SOON, max_retries=3)
+        fails(call, cs.TransportError, "while sending")
     assert server.begun == 1 + kept
 
 def test_cancel_while_connecting():
     """When that wait ends: each at its connect_timeout at the latest."""
     with mute_address() as (host, port):
-        call = ask(f"http://{host}:{port}/v1", connect_timeout=LATER, max_retries=9)
-        thread = cancel_soon(call)
-        assert outcome(call) == ([], cs.CancelledError)
-        thread.join()
+        cancelled(ask(f"http://{host}:{port}/v1", connect_timeout=LATER, max_retries=9))
 
 def test_cancel_while_the_request_is_sent():
     with Server([DEAF, lambda *_: server.stopping.wait(PATIENCE)]) as server:
-        call = ask(server, "x" * 20_000_000, connect_timeout=PATIENCE)
-        thread = cancel_soon(call, server)
-        assert outcome(call) == ([], cs.CancelledError)
-        thread.join()
+        cancelled(ask(server, "x" * 20_000_000, connect_timeout=PATIENCE), server)
 
 @pytest.mark.parametrize("body", [
     PLAIN,
@@ -1839,47 +1784,48 @@ def test_a_cancelled_call_harms_no_other():
 def test_the_kernels_etimedout_is_a_failed_connection(blocks, sleeps):
     """As after a dropped VPN: no timeout of ours has struck."""
 
-    class Broken:
-        def __init__(self, *pieces):
-            self.pieces = [*pieces]
-
+    class Broken(list):
         def __iter__(self):
             return self
 
         def __next__(self):
-            if self.pieces:
-                return self.pieces.pop(0)
+            if self:
+                return self.pop(0)
             raise OSError(errno.ETIMEDOUT, "Connection timed out")
 
-    blocks(Broken(chunked(sse(CA))), "Transfer-Encoding: chunked")
+    blocks(Broken([chunked(sse(CA))]), "Transfer-Encoding: chunked")
     assert outcome(ask(URL)) == ([A], cs.TruncatedStreamError)
     blocks(Broken(), "Transfer-Encoding: chunked")
-    _, failure = collect(ask(URL, max_retries=1))
-    assert (type(failure), len(sleeps)) == (cs.TransportError, 1)
-    assert "timed out" in str(failure)
+    fails(ask(URL, max_retries=1), cs.TransportError, "timed out")
+    assert len(sleeps) == 1
 
 # ---- Arguments -----------------------------------------------------------------------
 
 WRONG_TYPES = {
-    "model": [None, 5], "messages": [{"role": "user"}, Message(), b"x", 5, None],
-    "instructions": [5], "base_url": [5], "connect_timeout": ["5"], "idle_timeout": [True],
-    "deadline": [[]], "max_retries": [1.5, True], "provider": [5], "api_key": [5],
-    "headers": [{"X": 5}, {5: "x"}, [("a", "b")]], "extra_body": [[1]],
+    "model": [None, 5],
+    "messages": [{"role": "user"}, Message(), b"x", 5, None],
+    "instructions": [5], "base_url": [5], "provider": [5], "api_key": [5], "extra_body": [[1]],
+    "headers": [{"X": 5}, {5: "x"}, [("a", "b")]],
+    "connect_timeout": ["5"], "idle_timeout": [True], "deadline": [[]],
+    "max_retries": [1.5, True],
     "pool": [object(), urllib3 or 5, getattr(urllib3, "PoolManager", int)],
 }
 WRONG_VALUES = {
-    "model": ["", " "], "messages": [[], ""], "connect_timeout": [0],
-    "idle_timeout": [-1, float("nan")], "event_timeout": [float("inf"), 10**400],
-    "deadline": [2_147_484], "max_retries": [-1], "provider": ["opanai"],
+    "model": ["", " "],
+    "messages": [[], ""],
+    "connect_timeout": [0], "deadline": [2_147_484], "max_retries": [-1], "provider": ["opanai"],
+    "idle_timeout": [-1, float("nan")],
+    "event_timeout": [float("inf"), 10**400],
     "api_key": [KEY + "\n", KEY + "\u201d", "  ", f'"{KEY}"', f"'{KEY}'"],
     "headers": [{"X-Key": KEY + "\r\nX: y"}, {f"X\n{KEY}": "v"}, {f"Authorization: {KEY}": "x"},
                 {"X": "a\x7f"}, {"": "x"}],
     "base_url": [
-        "", "127.0.0.1/v1", "ftp://x/v1", "http://", "http://x:99999/", "http://x:0/", "http://[::1/v1",
-        "http://a b/v1", "http://x/v1#f", "http://x/\ud800", f"user:{KEY}@x/v1", f"http:/user:{KEY}@x",
-        f"http://user:{KEY}@x/v1", f"http:///user:{KEY}@x/", f"http://user:{KEY}#x@x",
-        f"http://x/v1#{KEY}", "http://127.0.0.1\\.trusted.example/v1", "http://a..b/v1", "http://-/v1\\x",
-        "http://" + "a" * 70 + ".b/v1", "http://x/v1/chat/completions", "http://x/chat/completions/"],
+        "", "127.0.0.1/v1", "ftp://x/v1", "http://", "http://x:99999/", "http://x:0/",
+        "http://[::1/v1", "http://a b/v1", "http://x/v1#f", "http://x/\ud800", f"user:{KEY}@x/v1",
+        f"http:/user:{KEY}@x", f"http://user:{KEY}@x/v1", f"http:///user:{KEY}@x/",
+        f"http://user:{KEY}#x@x", f"http://x/v1#{KEY}", "http://127.0.0.1\\.trusted.example/v1",
+        "http://a..b/v1", "http://-/v1\\x", "http://" + "a" * 70 + ".b/v1",
+        "http://x/v1/chat/completions", "http://x/chat/completions/"],
 }
 WRONG_ELSEWHERE = [
     ({"messages": ["x"]}, TypeError, r"messages\[0\]"),
@@ -1899,13 +1845,11 @@ WRONG_ELSEWHERE = [
     ({"tools": {1, 2}}, TypeError, "set.*JSON"),
 ]
 
-def wrong_arguments():
-    for table, kind in ((WRONG_TYPES, TypeError), (WRONG_VALUES, ValueError)):
-        for name, values in table.items():
-            yield from (({name: value}, kind, f"^{name}") for value in values)
-    yield from WRONG_ELSEWHERE
+WRONG = [({name: value}, kind, f"^{name}")
+         for table, kind in ((WRONG_TYPES, TypeError), (WRONG_VALUES, ValueError))
+         for name, values in table.items() for value in values]
 
-@pytest.mark.parametrize("options, kind, text", [*wrong_arguments()])
+@pytest.mark.parametrize("options, kind, text", [*WRONG, *WRONG_ELSEWHERE])
 def test_wrong_arguments_are_refused_at_the_call(options, kind, text):
     for function in (cs.stream, cs.complete):
         given = {"messages": "x", "model": "m", "base_url": URL, **options}
@@ -1934,60 +1878,53 @@ def test_a_body_nested_too_deeply():
         cs.stream("x", model="m", base_url=URL, tools=deep)
 
 @pytest.mark.parametrize("options", [
-    *({"base_url": url} for url in ("http://my_box:8080/v1", "http://[::1]:8/v1",
-     "http://[fe80::1%25eth0]/v1", "http://a.b.", "https://xn--bcher-kva.example/v1",
-     " http://x.test/v1\n")),
+    *({"base_url": url} for url in (
+        "http://my_box:8080/v1", "http://[::1]:8/v1", "http://[fe80::1%25eth0]/v1", "http://a.b.",
+        "https://xn--bcher-kva.example/v1", " http://x.test/v1\n")),
     {"headers": {"X": "a\tb"}},
-    {"messages": types.MappingProxyType({"role": "user", "content": "x"})},
+    {"messages": [types.MappingProxyType({"role": "user", "content": "x"})]},
 ])
 def test_arguments_that_are_taken(options):
-    given = {"base_url": URL, **options}
-    messages = [given.pop("messages", {"role": "user", "content": "x"})]
-    cs.stream(messages, model="m", **given).close()
+    given = {"messages": [{"role": "user", "content": "x"}], "base_url": URL, **options}
+    cs.stream(model="m", **given).close()
 
 def test_what_is_sent_and_nothing_of_the_callers_is_changed():
     history = [types.MappingProxyType({"role": "user", "content": "a"}), Message(content="b")]
     headers, extra = {"accept": "x/y"}, {"provider": {"order": ["a"]}, "timeout": 5, "seed": None}
     before = copy.deepcopy((history[1], headers, extra))
-    with Server() as server:
-        options = {"temperature": None, "top_p": 0.5, "tools": []}
-        list(ask(server, history, headers=headers, extra_body=extra, instructions="i", **options))
+    request = request_of(history, headers=headers, extra_body=extra, instructions="i",
+                         temperature=None, top_p=0.5, tools=[])
     assert (history[1], headers, extra) == before
-    body = server.requests[0].json
+    body = request.json
     messages = [(m["role"], m["content"]) for m in body.pop("messages")]
     assert messages == [("system", "i"), ("user", "a"), ("assistant", "b")]
     # A parameter that is None is left out.
     assert body == {"model": "m", "stream": True, "top_p": 0.5, "tools": [], **extra}
-    assert server.requests[0].header("Accept") == "x/y"
+    assert request.header("Accept") == "x/y"
 
 def test_half_a_surrogate_pair_goes_out_as_ufffd():
     messages = [{"role": "user", "content": "a\ud83d"}, {"role": "tool", "content": "\ud83d\ude00"}]
-    with Server() as server:
-        list(ask(server, messages, instructions="\udc69", stop="b\ud83d"))
-    body = server.requests[0].json
-    assert [m["content"] for m in body["messages"]] == ["\ufffd", "a\ufffd", "😀"]
-    assert body["stop"] == "b\ufffd"
-    assert "😀".encode() in server.requests[0].body
+    request = request_of(messages, instructions="\udc69", stop="b\ud83d")
+    assert [m["content"] for m in request.json["messages"]] == ["\ufffd", "a\ufffd", "😀"]
+    assert request.json["stop"] == "b\ufffd"
+    assert "😀".encode() in request.body
 
 def test_headers_replace_whatever_the_case():
     provider = cs.Provider("p", "http://x", headers={"X-A": "1", "X-B": "1"})
     mine = {"x-b": "2", "AUTHORIZATION": "other", "api-key": "k", "user-agent": "me"}
-    with Server() as server:
-        list(ask(server, provider=provider, headers=mine, api_key=KEY))
-    sent = [(n.lower(), v) for n, v in server.requests[0].headers]
+    request = request_of(provider=provider, headers=mine, api_key=KEY)
+    sent = [(n.lower(), v) for n, v in request.headers]
     assert {("x-a", "1"), *((n.lower(), v) for n, v in mine.items())} <= set(sent)
     assert len({n for n, _ in sent}) == len(sent)
 
-@pytest.mark.parametrize("base, target", [
+@pytest.mark.parametrize("path, target", [
     ("", "/chat/completions"),
     ("/a/b//", "/a/b/chat/completions"),
     ("/d/?api-version=2024&q=a%20b", "/d/chat/completions?api-version=2024&q=a%20b"),
     ("/é", "/%C3%A9/chat/completions"),
 ])
-def test_where_it_goes(base, target):
-    with Server() as server:
-        list(ask(server, base_url=server.origin + base))
-    assert server.requests[0].target == target
+def test_where_it_goes(path, target):
+    assert request_of(path=path).target == target
 
 def test_openai_base_url(monkeypatch):
     with Server() as server:
@@ -2014,10 +1951,7 @@ def test_a_bad_key_is_refused_by_the_name_of_its_source(given, monkeypatch):
 def test_the_key_of_one_provider_goes_nowhere_else(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("GROQ_API_KEY", f" {KEY}groq\r\n")  # blanks around it are none of it
-    with Server() as server:
-        for provider in (None, "ollama", "groq"):
-            list(ask(server, provider=provider))
-    sent = [r.header("Authorization") for r in server.requests]
+    sent = [request_of(provider=name).header("Authorization") for name in (None, "ollama", "groq")]
     assert sent == [None, None, f"Bearer {KEY}groq"]
 
 def test_a_provider_of_ones_own(monkeypatch):
@@ -2042,8 +1976,8 @@ def gemini(delay):
     (["Retry-After: 0.4"], {}, 0.4),
     (["Retry-After: 1", "Retry-After-Ms: 700"], {}, 0.7),
     (["Retry-After: 1", "retry-after-ms: soon"], {}, 1.0),
-    *(([f"Retry-After: {odd}"], {}, 0.2) for odd in ("0", "soon", "-1", "nan", "inf",
-     http_date(-100), "Mon, 99 Foo 2026", "5s", "0" * 60_000 + "x")),
+    *(([f"Retry-After: {odd}"], {}, 0.2) for odd in (
+        "0", "soon", "-1", "nan", "inf", http_date(-100), "Mon, 99 Foo 2026", "5s", "0" * 60_000 + "x")),
     (["Retry-After: 120 "], {}, 120.0),
     (["Retry-After: 5 ", "Retry-After: 6"], {}, 5.0),
     (["Retry-After: 5."], {}, 5.0),
@@ -2091,12 +2025,9 @@ def test_each_wait_is_logged_once(sleeps, caplog):
 
 def test_a_first_word_may_say_how_long_to_wait(sleeps):
     body = sse({"error": {"message": "m", "code": 429}})
-    scripts = (
-        [reply(body, "200 OK", "Retry-After: 7")],
-        [reply(sse({"error": {"code": 429, "details": gemini("8s")}}))],
-        [reply(body, "200 OK", "X-Should-Retry: false")],
-    )
-    with Server(*scripts) as server:
+    with Server([reply(body, "200 OK", "Retry-After: 7")],
+                [reply(sse({"error": {"code": 429, "details": gemini("8s")}}))],
+                [reply(body, "200 OK", "X-Should-Retry: false")]) as server:
         assert outcome(ask(server, max_retries=3)) == ([], cs.ServerError)
     assert (sleeps, len(server.requests)) == ([7.0, 8.0], 3)
 
@@ -2121,16 +2052,13 @@ def test_complete_asks_again_for_an_answer_that_was_cut(sleeps):
 
 # ---- Connections ---------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", [
-    [reply(PLAIN)],
-    [sized(PLAIN)],
-    [reply(PLAIN, "400 No")],
-    [reply(sse(CA, STOP))],
+@pytest.mark.parametrize("whole_reply", [
+    reply(PLAIN), sized(PLAIN), reply(PLAIN, "400 No"), reply(sse(CA, STOP)),
 ], ids=["chunked", "length", "an error", "no [DONE]"])
 @pytest.mark.parametrize("first", [False, True])
-def test_calls_in_a_row_use_one_connection(script, first):
+def test_calls_in_a_row_use_one_connection(whole_reply, first):
     """Also if the caller leaves at the message."""
-    with Server(script) as server:
+    with Server([whole_reply]) as server:
         for _ in range(5):
             events = cs.aggregate(ask(server))
             collect(itertools.islice(events, 1) if first else events)
@@ -2161,12 +2089,10 @@ def test_a_connection_that_is_not_used_again(script, options):
 def test_a_kept_connection_on_which_something_has_come(left):
     """A stray reply, or the end: neither is read as the next answer."""
     step, go_on = gate()
-    seen = []
-    script = [reply(PLAIN), lambda sock, _: seen.append(sock), step, left, CLOSE]
-    with Server(script, [reply(sse(C("z"), STOP))]) as server:
+    with Server([reply(PLAIN), step, left, CLOSE], [reply(sse(C("z"), STOP))]) as server:
         list(ask(server))
         go_on.set()
-        server.wait_for_leaving() if not left else server.wait_until(lambda: server.left)
+        server.wait_for_leaving()
         assert list(ask(server)) == [TextDelta("z"), END]
         assert len(server.requests) == 2
 
@@ -2182,9 +2108,7 @@ def test_a_kept_connection_that_dies_costs_nothing(end, caplog):
 @pytest.mark.parametrize("aggregated", [False, True])
 def test_leaving_closes_the_socket(way, aggregated):
     with Server([UNFINISHED, HOLD]) as server:
-        events = ask(server)
-        if aggregated:
-            events = cs.aggregate(events, deltas=True)
+        events = cs.aggregate(ask(server), deltas=True) if aggregated else ask(server)
         if way == "break":
             for _ in events:
                 break
@@ -2219,8 +2143,7 @@ def test_a_forked_child_opens_its_own_connection():
         list(ask(server))
         child = os.fork()
         if not child:
-            ok = list(ask(server)) == AB
-            os._exit(0 if ok else 1)
+            os._exit(list(ask(server)) != AB)
         assert os.waitpid(child, 0)[1] == 0
         list(ask(server))
     assert [r.connection for r in server.requests] == [1, 2, 1]
@@ -2246,11 +2169,10 @@ def test_a_child_that_holds_the_descriptor_keeps_no_connection_open():
 
 @needs_fork
 def test_no_connection_is_open_at_exit():
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import chatstream as cs; "
-    code += "list(cs.stream('x', model='m', base_url=sys.argv[1]))"
+    code = "import sys, chatstream; list(chatstream.stream('x', model='m', base_url=sys.argv[1]))"
     with Server([reply(PLAIN)]) as server:
         run = [sys.executable, "-W", "error", "-c", code, server.url]
-        done = subprocess.run(run, capture_output=True, timeout=PATIENCE * 2)
+        done = subprocess.run(run, cwd=HERE, capture_output=True, timeout=PATIENCE * 2)
         assert (done.returncode, done.stderr) == (0, b"")
         server.wait_for_leaving()
 
@@ -2273,12 +2195,9 @@ class Recorded:
     """What a tool such as vcrpy puts in the place of a response: no file, no framing."""
 
     def __init__(self, status, body, way):
-        self.status, self.reason, self.body = status, "", io.BytesIO(body)
+        self.status, self.reason, self.close = status, "", lambda: None
         self.headers = {"Transfer-Encoding": "chunked", "X-Request-Id": "r"}
-        setattr(self, way, lambda size: self.body.read(size))
-
-    def close(self):
-        pass
+        setattr(self, way, lambda size, file=io.BytesIO(body): file.read(size))
 
 @pytest.mark.parametrize("way", ["read1", "read"])
 def test_a_response_without_a_file(way, blocks, monkeypatch):
@@ -2286,8 +2205,7 @@ def test_a_response_without_a_file(way, blocks, monkeypatch):
     stand_in = blocks([])
     monkeypatch.setattr(stand_in, "getresponse", lambda self: recorded.pop(0))
     assert list(ask(URL)) == [A, B, completed(request_id="r")]
-    _, failure = collect(ask(URL))
-    assert (failure.status, failure.message) == (404, "gone")
+    fails(ask(URL), cs.StatusError, status=404, message="gone")
 
 # HTTP: framing, headers, compression
 
@@ -2332,10 +2250,9 @@ FRAMES = [
     ("one length twice", f"{LENGTH}\r\n{LENGTH}", ONE, KEPT),
 ]
 
-@pytest.mark.parametrize("row", FRAMES, ids=ids(FRAMES))
-def test_framing_at_every_cut(row, blocks):
+@pytest.mark.parametrize("row, header, raw, end", FRAMES, ids=ids(FRAMES))
+def test_framing_at_every_cut(row, header, raw, end, blocks):
     """What is behind the end in one block is seen; so all cuts are before it."""
-    _, header, raw, end = row
     for pieces in cuts(raw):
         if end == UNKEPT and header != "X: y":
             pieces = [raw]
@@ -2346,8 +2263,8 @@ def test_framing_at_every_cut(row, blocks):
             assert failure is None
             assert (connection.closed == 0) is (end == KEPT), pieces
         else:
-            assert (type(failure), connection.closed) == (cs.TruncatedStreamError, 1)
-            assert end in str(failure)
+            fails((got, failure), cs.TruncatedStreamError, end, got=[A])
+            assert connection.closed == 1
 
 def test_a_connection_is_not_kept_while_tls_holds_more(blocks):
     for pending, closed in ((0, 0), (5, 1)):
@@ -2359,15 +2276,14 @@ def test_a_line_of_the_framing_has_an_end(monkeypatch, blocks):
     monkeypatch.setattr(cs, "_MAX_FRAMING", 1000)
     for endless in (b"1;" + b"x" * 3000, b"0\r\n" + b"a" * 3000):
         blocks([bytes([byte]) for byte in endless], TE)
-        _, failure = collect(ask(URL))
-        assert "more than 1000 bytes" in str(failure)
+        assert "more than 1000 bytes" in str(collect(ask(URL))[1])
 
-GZIP, ZLIB = gzip.compress(PLAIN), zlib.compress(PLAIN)
+GZIP = gzip.compress(PLAIN)
 
 #: (rule, bytes, events, class of the error)
 PACKED = [
     ("gzip", GZIP, AB, None),
-    ("zlib", ZLIB, AB, None),
+    ("zlib", zlib.compress(PLAIN), AB, None),
     ("plain, which begins like zlib", b"x" + b"\n" + PLAIN, AB, None),
     ("padding behind", GZIP + b"\0" * 99, AB, None),
     ("junk behind", GZIP + b"junk" + GZIP, AB, None),
@@ -2381,14 +2297,11 @@ PACKED = [
     ("nonsense", b"\x1f\x8bxxxxxxxx", [], cs.StreamError),
 ]
 
-@pytest.mark.parametrize("row", PACKED, ids=ids(PACKED))
-def test_compression_at_every_cut(row):
+@pytest.mark.parametrize("row, raw, events, kind", PACKED, ids=ids(PACKED))
+def test_compression_at_every_cut(row, raw, events, kind):
     """The body is believed, not the header, which proxies leave there."""
-    _, raw, events, kind = row
     for pieces in cuts(raw):
-        got, failure = decode(pieces)
-        assert got == events, pieces
-        assert type(failure) is (kind or type(None)), pieces
+        assert outcome(cs.decode(pieces)) == (events, kind), pieces
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "none", "utf-8"])
 @pytest.mark.parametrize("wbits", [31, 15, 0])
@@ -2397,11 +2310,10 @@ def test_each_event_comes_out_of_compression_when_it_arrives(encoding, wbits):
     if wbits:
         packer = zlib.compressobj(wbits=wbits)
         start = packer.compress(PLAIN) + packer.flush(zlib.Z_SYNC_FLUSH)
-        rest = packer.flush()
+        rest = chunked(packer.flush())
     step, go_on = gate()
     first = head("200 OK", TE, f"Content-Encoding: {encoding}")
-    first += chunked(start[:1], start[1:2], start[2:])
-    with Server([first, step, (chunked(rest) if rest else b"") + LAST]) as server:
+    with Server([first + chunked(start[:1], start[1:2], start[2:]), step, rest + LAST]) as server:
         events = ask(server)
         assert [next(events), next(events)] == [A, B]
         go_on.set()
@@ -2454,12 +2366,12 @@ CALLS = [
     # Foundry Local and old TGI count tokens in the index: one choice unless asked.
     *(([reply(TWO)], n, AB, None, "", 1) for n in ({}, {"n": 1}, {"n": None})),
     # One answer in two choices (Copilot: the text in one, the calls in the other)
-    ([reply(sse({"choices": [{"index": 0, "delta": {"content": "a"}}, {"index": 1,
-     "delta": {"refusal": "n"}}]}))], {}, [A, RefusalDelta("n"), Completed()], None, "", 1),
+    ([reply(sse({"choices": [{"index": 0, "delta": {"content": "a"}},
+     {"index": 1, "delta": {"refusal": "n"}}]}))], {}, [A, RefusalDelta("n"), Completed()], None, "", 1),
     # Half a line at a cut is no skipped data, and no last word
     ([CHUNKED + chunked(sse(CA, STOP) + b'data: {"cho'), CLOSE], {}, [A, END], None, "", 1),
-    *(([CHUNKED + chunked(ONLY_A + b"data: " + half), CLOSE], options, [A], CUT, "cut",
-     1) for half in (b"1", b'{"cho', b"words", b'{"error": "x') for options in ({}, STRICT)),
+    *(([CHUNKED + chunked(ONLY_A + b"data: " + half), CLOSE], options, [A], CUT, "cut", 1)
+      for half in (b"1", b'{"cho', b"words", b'{"error": "x') for options in ({}, STRICT)),
     # Compression
     ([reply(gzip.compress(sse(CA, STOP))[:-8] + b"\0" * 8)], STRICT, [A], cs.StreamError,
      "compression is broken", 1),
@@ -2467,10 +2379,10 @@ CALLS = [
     ([error("400 Bad", gzip.compress(b'{"error": "too long"}'))], {}, [], STATUS, "too long", 1),
     # Headers and first lines
     *(([head("200 OK", f"Transfer-Encoding: {te}") + b"x", CLOSE], AGAIN, [], cs.StreamError,
-     "gzip|br", 1) for te in ("gzip, chunked", "chunked, br", "gzip")),
-    *(([f"HTTP/1.1 200 OK\r\n{fault}\r\nX: y\r\n\r\n".encode() + PLAIN, CLOSE], {}, [], BROKEN, "",
-     1) for fault in ("Bad header", "Bad : 1", "Content-Length: 5\r\nContent-Length: 6",
-     " folded: first", "Content-Length: -1", "Content-Length: 1x", "Content-Length: " + "1" * 19)),
+       "gzip|br", 1) for te in ("gzip, chunked", "chunked, br", "gzip")),
+    *(([f"HTTP/1.1 200 OK\r\n{fault}\r\nX: y\r\n\r\n".encode() + PLAIN, CLOSE], {}, [], BROKEN, "", 1)
+      for fault in ("Bad header", "Bad : 1", "Content-Length: 5\r\nContent-Length: 6",
+       " folded: first", "Content-Length: -1", "Content-Length: 1x", "Content-Length: " + "1" * 19)),
     ([b"SSH-2.0-OpenSSH\r\n", CLOSE], {}, [], BROKEN, "reply in HTTP/1.1, got 'SSH-2.0", 1),
     ([b"HTTP/2 200\r\n\r\n", CLOSE], {}, [], BROKEN, "reply in HTTP/1.1, got .*HTTP/2", 1),
     ([b"\x15\x03\x03\x00\x02\x02\x16", CLOSE], {}, [], BROKEN, r"got '\\x15\\x03\\x03", 1),
@@ -2496,14 +2408,14 @@ CALLS = [
     ([error("400 No", {}, "X-Should-Retry: true \t")], AGAIN, [], LIMIT, "400.*2 attempts", 2),
     ([error("429 No", {}, "Retry-After: 9999")], AGAIN, [], LIMIT, "429", 1),
     ([error("429 No", gemini("9999s"))], AGAIN, [], LIMIT, "429", 1),
-    *(([error("429 No", body, "x-should-retry: true")], AGAIN, [], STATUS, "pay",
-     1) for body in (SPENT, {"error": {"message": "pay", "type": "insufficient_quota"}},
-     {"detail": SPENT}, {"error": json.dumps(SPENT)}, {"errors": [SPENT["error"]]})),
-    *((first_word(*word), AGAIN, [], cs.ServerError, "boom", 2) for word in ((429,), ("503",),
-     (408,), ("server_error",), (None, "server_error"), ("overloaded_error",), (None,
-     "rate_limit_error"), ("rate_limit_exceeded",))),
-    *((first_word(*word), AGAIN, [], cs.ServerError, "boom", 1) for word in ((400,), ("x", "y"),
-     (5,), (200,), (429, "insufficient_quota"))),
+    *(([error("429 No", body, "x-should-retry: true")], AGAIN, [], STATUS, "pay", 1)
+      for body in (SPENT, {"error": {"message": "pay", "type": "insufficient_quota"}},
+       {"detail": SPENT}, {"error": json.dumps(SPENT)}, {"errors": [SPENT["error"]]})),
+    *((first_word(*word), AGAIN, [], cs.ServerError, "boom", 2)
+      for word in ((429,), ("503",), (408,), ("server_error",), (None, "server_error"),
+       ("overloaded_error",), (None, "rate_limit_error"), ("rate_limit_exceeded",))),
+    *((first_word(*word), AGAIN, [], cs.ServerError, "boom", 1)
+      for word in ((400,), ("x", "y"), (5,), (200,), (429, "insufficient_quota"))),
     ([reply(sse(LIMITED), "200 OK", NO_REQUEST)], AGAIN, [], cs.ServerError, "m .code 429", 1),
     ([reply(sse(CA, LIMITED))], AGAIN, [A], cs.ServerError, "m", 1),
     ([RESET], {}, [], BROKEN, "", 1),
@@ -2518,8 +2430,7 @@ CALLS = [
 def test_what_a_call_ends_in(script, options, events, kind, words, requests, sleeps, caplog):
     caplog.set_level(logging.DEBUG)
     with Server(script) as server:
-        got, failure = collect(ask(server, **options))
-    assert (got, type(failure)) == (events, kind or type(None))
+        failure = fails(ask(server, **options), kind or type(None), got=events)
     assert re.search(words, str(failure))
     assert len(server.requests) == requests
     assert not re.search("hidden|abc", str(failure))
@@ -2537,26 +2448,27 @@ def pool():
     with urllib3.PoolManager(maxsize=1, block=True, headers={"X-Mine": "1"}) as manager:
         yield manager
 
-@pytest.mark.parametrize("script, events, kind", [
-    ([reply(PLAIN)], AB, None),
-    ([reply(GZIP, "200 OK", "Content-Encoding: gzip")], AB, None),
-    ([head("103 Early", type=None) * 2 + sized(PLAIN)], AB, None),
-    ([error("400 Bad", {"error": "no"})], [], cs.StatusError),
-    ([UNFINISHED, CLOSE], [A], cs.TruncatedStreamError),
-    ([UNFINISHED, RESET], [A], cs.TruncatedStreamError),
-    ([CHUNKED + b"zz\r\n", CLOSE], [], cs.TransportError),
-    ([b"HTTP/1.1 200 OK\r\n\r\n", CLOSE], [], cs.TransportError),
-    ([b"HTTP/1.1 200 OK\r\nBad header\r\n\r\n", CLOSE], [], cs.TransportError),
-    ([RESET], [], cs.TransportError),
-    ([HOLD], [], cs.IdleTimeoutError),
-    ([UNFINISHED, HOLD], [A], cs.IdleTimeoutError),
+@pytest.mark.parametrize("script, options, events, kind", [
+    ([reply(PLAIN)], {}, AB, None),
+    ([reply(GZIP, "200 OK", "Content-Encoding: gzip")], {}, AB, None),
+    ([head("103 Early", type=None) * 2 + sized(PLAIN)], {}, AB, None),
+    ([error("400 Bad", {"error": "no"})], {}, [], STATUS),
+    ([UNFINISHED, CLOSE], {}, [A], CUT),
+    ([UNFINISHED, RESET], {}, [A], CUT),
+    ([CHUNKED + b"zz\r\n", CLOSE], {}, [], BROKEN),
+    ([b"HTTP/1.1 200 OK\r\n\r\n", CLOSE], {}, [], BROKEN),
+    ([b"HTTP/1.1 200 OK\r\nBad header\r\n\r\n", CLOSE], {}, [], BROKEN),
+    ([RESET], {}, [], BROKEN),
+    ([HOLD], IDLE, [], cs.IdleTimeoutError),
+    ([UNFINISHED, HOLD], IDLE, [A], cs.IdleTimeoutError),
+    ([HOLD], UNTIL, [], LATE),
+    ([UNFINISHED, HOLD], UNTIL, [A], LATE),
 ])
-def test_pool_does_what_our_own_connections_do(pool, script, events, kind):
-    timeout = LATER if HOLD in script else PATIENCE
+def test_pool_does_what_our_own_connections_do(pool, script, options, events, kind):
     with Server(script) as server:
         for _ in range(2):  # a blocking pool of one: each call gives its place back
-            assert outcome(ask(server, pool=pool, idle_timeout=timeout)) == (events, kind)
-        assert server.connections == (1 if kind in (None, cs.StatusError) else 2)
+            assert outcome(ask(server, pool=pool, **options)) == (events, kind)
+        assert server.connections == (1 if kind in (None, STATUS) else 2)
 
 def test_pool_without_the_private_name_the_public_read1_serves(pool, monkeypatch):
     if not hasattr(urllib3.response.HTTPResponse, "read1"):  # 1.26 has none
@@ -2592,15 +2504,8 @@ def test_pool_that_is_in_use_is_waited_for_no_longer_than_connect_timeout(pool):
     with Server([UNFINISHED, HOLD]) as server:
         first = ask(server, pool=pool)
         next(first)
-        _, failure = collect(ask(server, pool=pool, connect_timeout=SOON))
-        assert type(failure) is cs.TransportError
+        fails(ask(server, pool=pool, connect_timeout=SOON), cs.TransportError)
         first.close()
-
-@pytest.mark.parametrize("script, events", [([HOLD], []), ([UNFINISHED, HOLD], [A])])
-def test_pool_and_the_deadline(pool, script, events):
-    with Server(script) as server:
-        got, kind = outcome(ask(server, pool=pool, deadline=LATER))
-    assert (got, kind) == (events, cs.DeadlineError)
 
 def test_pool_and_cancel(pool):
     """It waits for the headers, and ends a wait in the body."""
@@ -2614,19 +2519,17 @@ def test_pool_and_cancel(pool):
         opener.join()
         call = ask(server, pool=pool)
         assert next(call) == A
-        thread = cancel_soon(call)
-        assert outcome(call) == ([], cs.CancelledError)
-        thread.join()
+        cancelled(call)
 
-@needs_urllib3
+@pytest.mark.skipif(urllib3 is None, reason="urllib3 is not installed")
 def test_pool_that_is_a_proxy_is_named():
     secret = {"Proxy-Authorization": f"Basic {KEY}"}
     with Server([error("502 Bad", {"error": f"upstream {KEY}"})]) as proxy:
         url = f"http://bob:hidden@127.0.0.1:{proxy.port}"
         with urllib3.ProxyManager(url, proxy_headers=secret) as manager:
-            _, failure = collect(ask("http://upstream.test/v1", pool=manager))
-    assert f"through the proxy http://127.0.0.1:{proxy.port}" in str(failure)
-    assert failure.message == "upstream ***"
+            call = ask("http://upstream.test/v1", pool=manager)
+            failure = fails(call, LIMIT, f"through the proxy http://127.0.0.1:{proxy.port}",
+                            message="upstream ***")
     assert not re.search(f"hidden|{KEY}", everything_about(failure))
 
 # ---- Proxies -------------------------------------------------------------------------
@@ -2634,8 +2537,10 @@ def test_pool_that_is_a_proxy_is_named():
 UPSTREAM = "http://upstream.test/v1"
 
 @pytest.mark.parametrize("name, value", [
-    ("HTTP_PROXY", "http://127.0.0.1:{}"), ("http_proxy", "http://127.0.0.1:{}"),
-    ("all_proxy", "127.0.0.1:{}"), ("HTTP_PROXY", "http://bob:p%40ss@127.0.0.1:{}"),
+    ("HTTP_PROXY", "http://127.0.0.1:{}"),
+    ("http_proxy", "http://127.0.0.1:{}"),
+    ("all_proxy", "127.0.0.1:{}"),
+    ("HTTP_PROXY", "http://bob:p%40ss@127.0.0.1:{}"),
     ("HTTP_PROXY", f"http://{os.fsdecode(bytes([0xE9]))}:hidden@127.0.0.1:{{}}"),
 ])
 def test_an_http_proxy_gets_an_absolute_request(name, value, monkeypatch):
@@ -2652,15 +2557,18 @@ def test_an_http_proxy_gets_an_absolute_request(name, value, monkeypatch):
     assert base64.b64decode(sent.get("proxy-authorization", "").partition(" ")[2]) == given
 
 @pytest.mark.parametrize("host, no_proxy, direct", [
-    ("api.x.test", "x.test", True), ("api.x.test", ".x.test", True), ("api.x.test", "*.x.test", True),
-    ("apix.test", "x.test", False), ("x.test", "a.test, X.TEST", True), ("x.test", "x.test:80", True),
-    ("x.test", "x.test:81", False), ("x.test", "*", True), ("x.test", "", False),
-    ("10.1.2.3", "10.0.0.0/8", True), ("10.1.2.3", "10.1.2.3", True), ("10.1.2.3", "1.2.3", False),
-    ("11.1.2.3", "10.0.0.0/8,nonsense/99", False), ("10.1.2.3", " * ", True),
-    ("10.1.2.3", "10.1.2.3:9, 10.1.2.3:80", True), ("10.1.2.3", "10.1.2.3:9", False),
+    *(("api.x.test", names, True) for names in ("x.test", ".x.test", "*.x.test")),
+    ("apix.test", "x.test", False),
+    *(("x.test", names, True) for names in ("a.test, X.TEST", "x.test:80", "*")),
+    *(("x.test", names, False) for names in ("x.test:81", "")),
+    *(("10.1.2.3", names, True) for names in (
+        "10.0.0.0/8", "10.1.2.3", " * ", "10.1.2.3:9, 10.1.2.3:80")),
+    *(("10.1.2.3", names, False) for names in ("1.2.3", "10.1.2.3:9")),
+    ("11.1.2.3", "10.0.0.0/8,nonsense/99", False),
     ("[fd00::5]", "fd00::/8", True), ("[fe80::5]", "fd00::/8", False),
-    ("localhost", "", True), ("127.0.0.1", "", True), ("127.8.9.1", "", True), ("[::1]", "", True),
-    ("0.0.0.0", "", True), ("[::]", "", True), ("127.0.0.1.test", "", False),
+    *((host, "", True) for host in (
+        "localhost", "127.0.0.1", "127.8.9.1", "[::1]", "0.0.0.0", "[::]")),
+    ("127.0.0.1.test", "", False),
 ])
 def test_who_goes_past_the_proxy(host, no_proxy, direct, monkeypatch):
     """Loopback does, and what servers print as their address, `0.0.0.0` and `[::]`."""
@@ -2682,14 +2590,13 @@ def test_who_goes_past_the_proxy(host, no_proxy, direct, monkeypatch):
     ("ALL_PROXY", "socks5h://u:hidden@127.0.0.1:9", UPSTREAM, "socks5h.*pool=.*SOCKSProxyManager"),
     ("HTTPS_PROXY", "https://u:hidden@127.0.0.1:9", "https://u.test",
      "https://.*pool=.*ProxyManager"),
-    *(("HTTP_PROXY", url, UPSTREAM, "HTTP_PROXY or ALL_PROXY is not valid") for url in
-     ("http://u:hid#den@127.0.0.1:1", "http://bob:hid\uff1aden@127.0.0.1:1", '"http://hidden:1"',
-     "http://hid:12/34@127.0.0.1:1", "http://hid:12?34@127.0.0.1:1")),
+    *(("HTTP_PROXY", url, UPSTREAM, "HTTP_PROXY or ALL_PROXY is not valid") for url in (
+        "http://u:hid#den@127.0.0.1:1", "http://bob:hid\uff1aden@127.0.0.1:1", '"http://hidden:1"',
+        "http://hid:12/34@127.0.0.1:1", "http://hid:12?34@127.0.0.1:1")),
 ])
 def test_a_proxy_that_cannot_be_used(variable, url, target, words, monkeypatch):
     monkeypatch.setenv(variable, url)
-    _, failure = collect(ask(target, max_retries=3))
-    assert (type(failure), failure.attempts) == (cs.TransportError, 1)
+    failure = fails(ask(target, max_retries=3), cs.TransportError, attempts=1)
     assert re.search(words, str(failure))
     assert "hid" not in everything_about(failure)
 
@@ -2697,12 +2604,10 @@ def test_a_proxy_is_named_in_errors_and_its_secrets_are_hidden(monkeypatch):
     said = {"error": "Basic Ym9iOmhpZGRlbi1wYXNzd29yZA== is hidden-password"}
     scripts = [error("502 Bad", said)], [CLOSE], [reply(sse("x"))], [error("407 No", said)]
     with Server(*scripts) as proxy:
-        url = f"http://bob:hidden-password@127.0.0.1:{proxy.port}"
-        monkeypatch.setenv("HTTP_PROXY", url)
+        monkeypatch.setenv("HTTP_PROXY", f"http://bob:hidden-password@127.0.0.1:{proxy.port}")
         for _ in scripts:
             failure = collect(ask(UPSTREAM))[1]
-            text = everything_about(failure)
-            assert not re.search("hidden|Ym9i", text)
+            assert not re.search("hidden|Ym9i", everything_about(failure))
             if type(failure) is not cs.StreamError:
                 assert f"through the proxy http://127.0.0.1:{proxy.port}" in str(failure)
 
@@ -2711,11 +2616,10 @@ def test_a_proxy_whose_connect_is_refused(status, times, monkeypatch, sleeps):
     """And no socket stays open (before CPython 3.11.4 http.client leaves one)."""
     with Server([head(status, "Content-Length: 0"), HOLD]) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://bob:hidden@127.0.0.1:{proxy.port}")
-        _, failure = collect(ask("https://upstream.test/v1", max_retries=2))
+        failure = fails(ask("https://upstream.test/v1", max_retries=2), BROKEN, status[:3])
         proxy.wait_for_leaving(times)
     gc.collect()
-    assert (type(failure), proxy.connections) == (cs.TransportError, times)
-    assert status[:3] in str(failure)
+    assert proxy.connections == times
     assert "hidden" not in everything_about(failure)
 
 # ---- TLS -----------------------------------------------------------------------------
@@ -2758,7 +2662,7 @@ def tls(certificates, monkeypatch):
     return certificates[1]("good")
 
 @pytest.fixture
-def fresh_context(monkeypatch):
+def fresh_context():
     """Contexts are cached by the files; here each is made anew."""
     cs._tls_context.cache_clear()
     yield
@@ -2769,16 +2673,8 @@ def test_tls_with_a_certificate_that_is_not_trusted(name, words, certificates, m
     if name == "wrong":
         monkeypatch.setenv("SSL_CERT_FILE", str(certificates[0] / "ca.pem"))
     with Server([reply(PLAIN)], tls=certificates[1](name)) as server:
-        _, failure = collect(ask(server, max_retries=3))
-    assert (type(failure), failure.attempts, sleeps) == (cs.TransportError, 1, [])
-    assert words in str(failure)
-    assert server.requests == []
-
-def test_tls_handshake_that_stalls_is_a_connect_timeout(sleeps):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
-        _, failure = collect(ask(url, connect_timeout=SOON, max_retries=1))
-    assert (type(failure), failure.attempts) == (cs.TransportError, 2)
+        fails(ask(server, max_retries=3), cs.TransportError, words, attempts=1)
+    assert sleeps == server.requests == []
 
 def test_tls_to_a_server_that_speaks_none_asks_for_http(sleeps):
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -2791,17 +2687,14 @@ def test_tls_to_a_server_that_speaks_none_asks_for_http(sleeps):
 
         threading.Thread(target=serve, daemon=True).start()
         url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
-        _, failure = collect(ask(url, max_retries=3))
-    assert (type(failure), failure.attempts) == (cs.TransportError, 1)
-    assert "is it http://?" in str(failure)
+        fails(ask(url, max_retries=3), cs.TransportError, "is it http://?", attempts=1)
 
 def test_tls_alerts_are_final(tls, certificates, sleeps):
     tls.verify_mode = ssl.CERT_REQUIRED  # asks for a certificate that we do not have
     tls.load_verify_locations(certificates[0] / "ca.pem")
     tls.maximum_version = ssl.TLSVersion.TLSv1_2
     with Server([reply(PLAIN)], tls=tls) as server:
-        _, failure = collect(ask(server, max_retries=3))
-    assert (type(failure), failure.attempts) == (cs.TransportError, 1)
+        fails(ask(server, max_retries=3), cs.TransportError, attempts=1)
 
 @pytest.mark.parametrize("phase", ["headers", "body"])
 def test_tls_idle_timeout_cut_and_cancel(phase, tls):
@@ -2810,9 +2703,7 @@ def test_tls_idle_timeout_cut_and_cancel(phase, tls):
         assert outcome(ask(server, idle_timeout=LATER)) == (events, cs.IdleTimeoutError)
         call = ask(server)
         assert [next(call) for _ in events] == events
-        thread = cancel_soon(call, server)
-        assert outcome(call) == ([], cs.CancelledError)
-        thread.join()
+        cancelled(call, server)
         assert outcome(ask(server)) == ([A], cs.TruncatedStreamError)
 
 def relay(upstream_port):
@@ -2855,9 +2746,7 @@ def test_tls_certificate_file_that_cannot_be_read(content, monkeypatch, tmp_path
     if content:
         file.write_text(content)
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
-    _, failure = collect(ask("https://127.0.0.1:9/v1", max_retries=3))
-    assert (type(failure), failure.attempts) == (cs.TransportError, 1)
-    assert str(file) in str(failure)
+    fails(ask("https://127.0.0.1:9/v1", max_retries=3), cs.TransportError, str(file), attempts=1)
 
 class BareContext(ssl.SSLContext):
     """What create_default_context() gives where there is no store of authorities."""
@@ -2872,57 +2761,38 @@ class BareContext(ssl.SSLContext):
             raise NotImplementedError
         return self.counted
 
-@pytest.mark.parametrize("has_certifi", [True, False])
-def test_tls_without_authorities(has_certifi, certificates, monkeypatch, tmp_path, fresh_context):
-    """As in python.org's builds for macOS, and in bare containers."""
+@pytest.mark.parametrize("way", ["certifi", "truststore", "none"])
+def test_tls_without_authorities(way, certificates, monkeypatch, tmp_path, fresh_context):
+    """As in python.org's builds for macOS, and in bare containers. truststore's context,
+    which many companies inject, cannot count them and is asked."""
+    file, context = certificates[0] / "ca.pem", BareContext(ssl.PROTOCOL_TLS_CLIENT)
+    if way == "truststore":
+        monkeypatch.setattr(BareContext, "counted", None)
+        context.load_verify_locations(file)
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    monkeypatch.setattr(ssl, "create_default_context", lambda: BareContext(ssl.PROTOCOL_TLS_CLIENT))
-    fake = types.ModuleType("certifi")
-    fake.where = lambda: str(certificates[0] / "ca.pem")
-    monkeypatch.setitem(sys.modules, "certifi", fake if has_certifi else None)
+    monkeypatch.setattr(ssl, "create_default_context", lambda: context)
+    fake = types.SimpleNamespace(where=lambda: str(file)) if way == "certifi" else None
+    monkeypatch.setitem(sys.modules, "certifi", fake)
     with Server([reply(PLAIN)], tls=certificates[1]("good")) as server:
-        got, failure = collect(ask(server, max_retries=2))
-    assert got == (AB if has_certifi else [])
-    if not has_certifi:
-        assert (type(failure), failure.attempts) == (cs.TransportError, 1)
-        assert "install certifi" in str(failure)
-
-def test_tls_context_that_cannot_count_is_asked(monkeypatch, certificates, fresh_context):
-    """truststore's, which many companies inject."""
-    monkeypatch.setattr(BareContext, "counted", None)
-
-    def make():
-        context = BareContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(certificates[0] / "ca.pem")
-        return context
-
-    monkeypatch.setattr(ssl, "create_default_context", make)
-    monkeypatch.setitem(sys.modules, "certifi", None)
-    with Server([reply(PLAIN)], tls=certificates[1]("good")) as server:
-        assert list(ask(server)) == AB
+        call = ask(server, max_retries=2)
+        if way == "none":
+            fails(call, cs.TransportError, "install certifi", attempts=1)
+        else:
+            assert list(call) == AB
 
 @pytest.mark.parametrize("fault", [ssl.SSLError("nested asn1 error"), PermissionError("keylog")])
 def test_tls_default_context_that_raises(fault, tls, monkeypatch, caplog, fresh_context):
     """A bad certificate in Windows' store; SSLKEYLOGFILE that cannot be written."""
-
-    def broken():
-        raise fault
-
-    monkeypatch.setattr(ssl, "create_default_context", broken)
+    monkeypatch.setattr(ssl, "create_default_context", raiser(fault))
     with Server([reply(PLAIN)], tls=tls) as server:
         assert [list(ask(server, max_retries=2)) for _ in range(2)] == [AB, AB]
-    (line,) = warnings_in(caplog)
-    assert str(fault) in line
+    warned(caplog, str(fault))
 
 def test_tls_strict_checks_get_a_hint(monkeypatch):
     """Python 3.13 checks strictly, and many companies' authorities fail that."""
-
-    def connect(self):
-        raise ssl.SSLCertVerificationError(1, "Missing Authority Key Identifier")
-
-    monkeypatch.setattr(http.client.HTTPSConnection, "connect", connect)
-    _, failure = collect(ask("https://127.0.0.1:9/v1", max_retries=2))
-    assert failure.attempts == 1
+    fault = ssl.SSLCertVerificationError(1, "Missing Authority Key Identifier")
+    monkeypatch.setattr(http.client.HTTPSConnection, "connect", raiser(fault))
+    failure = fails(ask("https://127.0.0.1:9/v1", max_retries=2), cs.TransportError, attempts=1)
     assert re.search("pool=.*VERIFY_X509_STRICT", str(failure))
 
 # ---- Secrets, and tracebacks ---------------------------------------------------------
@@ -2947,12 +2817,11 @@ def test_tls_strict_checks_get_a_hint(monkeypatch):
 def test_no_secret_in_any_error_or_log(script, strict, caplog, sleeps):
     caplog.set_level(logging.DEBUG)
     with Server(script) as server:
-        url = server.url + "?key=token-in-url"
-        options = {"api_key": KEY, "strict": strict, "base_url": url, "max_retries": 1}
-        _, failure = collect(cs.aggregate(ask(server, extra_body={"key": KEY}, **options)))
-    shown = everything_about(failure) if failure else ""
+        call = ask(server.url + "?key=token-in-url", api_key=KEY, strict=strict, max_retries=1,
+                   extra_body={"key": KEY})
+        _, failure = collect(cs.aggregate(call))
     assert "\n" not in str(failure)
-    for text in (shown, logged(caplog)):
+    for text in (everything_about(failure), logged(caplog)):
         assert not re.search(f"{KEY}|token-in-url", text)
 
 @pytest.mark.parametrize("options, said, shown", [
@@ -2979,8 +2848,7 @@ def test_a_secret_that_is_a_number_breaks_nothing(wrap):
     """Azure's dated versions stand in the query, whose values are secrets."""
     with Server([reply(sse(wrap))], [error("400 No", wrap)]) as server:
         for kind in (cs.ServerError, cs.StatusError):
-            got, failure = collect(ask(server, base_url=server.url + "?v=20241021"))
-            assert (got, type(failure), failure.message) == ([], kind, "m")
+            fails(ask(server.url + "?v=20241021"), kind, message="m")
 
 def test_no_half_of_a_secret_stands_at_a_cut(caplog):
     """Texts are hidden first, and cut later."""
@@ -2992,8 +2860,7 @@ def test_no_half_of_a_secret_stands_at_a_cut(caplog):
         with Server(*scripts, *more) as server:
             for _ in (*scripts, *more):
                 _, failure = collect(ask(server, text, api_key=KEY))
-                shown = "" if failure is None else everything_about(failure)
-                assert KEY[:6] not in shown + logged(caplog)
+                assert KEY[:6] not in everything_about(failure) + logged(caplog)
 
 def frames_of(error):
     """The frames of an error, its causes and contexts, as tools show them."""
@@ -3009,25 +2876,7 @@ def frames_of(error):
                 yield frame
     assert KEY not in "".join(traceback.format_exception(type(error), error, error.__traceback__))
 
-@pytest.mark.parametrize("function", [cs.stream, cs.complete])
-@pytest.mark.parametrize(
-    "way", ["refused", "wrong argument", "late wrong argument", "no key", "401", "reset"]
-)
-def test_a_traceback_shows_no_key_and_is_short(function, way, monkeypatch):
-    monkeypatch.delenv("GROQ_API_KEY", raising=False)
-    script = {"401": [error("401 No", {})], "reset": [UNFINISHED, RESET]}.get(way, [CLOSE])
-    with Server(script) as server:
-        options = {"model": "m", "api_key": KEY, "headers": {"X-Api-Key": KEY}, "max_retries": 0}
-        options["base_url"] = URL if way == "refused" else server.url
-        options.update({"wrong argument": {"max_retries": -1}, "late wrong argument": {"top_p": {1}},
-                        "no key": {"provider": "groq", "api_key": ""}}.get(way, {}))
-        with pytest.raises((cs.ChatStreamError, ValueError, TypeError)) as caught:
-            for _ in (
-                (function("x", **options),) if function is cs.complete else function("x", **options)
-            ):
-                pass
-    frames = list(frames_of(caught.value))
-    assert 0 < len(frames) <= 12
+def check_frames(frames):
     for frame in frames:
         shown = {name: repr(value) for name, value in frame.f_locals.items()}
         assert KEY not in str(shown), (frame.f_code.co_name, shown)
@@ -3035,21 +2884,37 @@ def test_a_traceback_shows_no_key_and_is_short(function, way, monkeypatch):
             if isinstance(value, dict):
                 assert KEY not in str([*value.values()])
 
-def test_an_interrupt_while_the_request_is_sent_shows_no_key(monkeypatch):
-    def interrupt(self, *args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("function", [cs.stream, cs.complete])
+@pytest.mark.parametrize("script, changed", [
+    ([CLOSE], {"base_url": URL}),
+    ([CLOSE], {"max_retries": -1}),
+    ([CLOSE], {"top_p": {1}}),
+    ([CLOSE], {"provider": "groq", "api_key": ""}),
+    ([error("401 No", {})], {}),
+    ([UNFINISHED, RESET], {}),
+], ids=["refused", "wrong argument", "late wrong argument", "no key", "401", "reset"])
+def test_a_traceback_shows_no_key_and_is_short(function, script, changed, monkeypatch):
+    monkeypatch.delenv("GROQ_API_KEY", raising=False)
+    with Server(script) as server:
+        options = {"model": "m", "api_key": KEY, "headers": {"X-Api-Key": KEY}, "max_retries": 0}
+        with pytest.raises((cs.ChatStreamError, ValueError, TypeError)) as caught:
+            answer = function("x", **{**options, "base_url": server.url, **changed})
+            for _ in answer if function is cs.stream else ():
+                pass
+    frames = list(frames_of(caught.value))
+    assert 0 < len(frames) <= 12
+    check_frames(frames)
 
-    monkeypatch.setattr(http.client.HTTPConnection, "request", interrupt)
+def test_an_interrupt_while_the_request_is_sent_shows_no_key(monkeypatch):
+    monkeypatch.setattr(http.client.HTTPConnection, "request", raiser(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt) as caught:
         list(cs.stream("x", model="m", base_url=URL, api_key=KEY))
     frames = list(frames_of(caught.value))
     assert "start" in [frame.f_code.co_name for frame in frames]
-    for frame in frames:
-        shown = {name: repr(value) for name, value in frame.f_locals.items()}
-        assert KEY not in str(shown), frame.f_code.co_name
+    check_frames(frames)
 
 def test_a_cause_keeps_its_type_and_text_and_loses_its_frames():
-    _, failure = collect(ask(URL, api_key=KEY))
+    failure = fails(ask(URL, api_key=KEY), cs.TransportError)
     cause = failure.__cause__
     assert isinstance(cause, ConnectionRefusedError)
     assert "refused" in str(cause)
@@ -3063,16 +2928,13 @@ def test_a_cause_keeps_its_type_and_text_and_loses_its_frames():
 
 DELTAS = [
     A,
-    ReasoningDelta("r", 0, {"reasoning_content": "r", "reasoning_details": [{"n": 1}]}),
-    TextDelta("z", 1),
-    RefusalDelta("no", 1),
-    ToolCallDelta(1, "j", "g", "[]"),
-    ToolCallDelta(0, "i", "f", "{"),
-    ReasoningDelta("s", 0, {"reasoning_content": "s", "reasoning_details": [{"n": 2}]}),
-    ReasoningDelta("", 0, {"reasoning": {"text": "t"}}),
+    R("r", reasoning_content="r", reasoning_details=[{"n": 1}]),
+    TextDelta("z", 1), RefusalDelta("no", 1),
+    ToolCallDelta(1, "j", "g", "[]"), ToolCallDelta(0, "i", "f", "{"),
+    R("s", reasoning_content="s", reasoning_details=[{"n": 2}]),
+    R("", reasoning={"text": "t"}),
     Chunk({"x": 1}),
-    ToolCallDelta(0, "i", "f", "}", {"e": 1}),
-    ToolCallDelta(0, extra={"g": 2}),
+    ToolCallDelta(0, "i", "f", "}", {"e": 1}), ToolCallDelta(0, extra={"g": 2}),
     B,
     Completed("id", "m", "stop", {0: "stop", 1: "length"}),
 ]
@@ -3098,19 +2960,11 @@ def test_aggregate_deltas_passes_everything_on():
     assert got == [*DELTAS[:-1], *MESSAGES, DELTAS[-1]]
 
 def test_aggregate_closes_what_it_reads():
-    closed = []
-
-    def events():
-        try:
-            yield A
-            yield B
-        finally:
-            closed.append(True)
-
-    messages = cs.aggregate(events(), deltas=True)
+    events = (event for event in AB)
+    messages = cs.aggregate(events, deltas=True)
     next(messages)
     messages.close()
-    assert closed == [True]
+    assert inspect.getgeneratorstate(events) == inspect.GEN_CLOSED
 
 @pytest.mark.parametrize("pieces, extra", [
     ([("", {"x": "a\ud83d"}), ("a👩", {"x": "\udc69"})], {"x": "a👩"}),
@@ -3140,28 +2994,33 @@ def test_what_the_caller_does_to_an_event_changes_no_message():
             assert event.tool_calls[0].extra == {"e": {"s": 1}}
 
 @pytest.mark.parametrize("wrong, name", [
-    ("hi", "str"), ([1], "int"), ([None], "NoneType"), ([{"text": "a"}], "dict"), (5, "int"), (len, "events|iter"),
+    ("hi", "str"), ([1], "int"), ([None], "NoneType"), ([{"text": "a"}], "dict"), (5, "int"),
+    (len, "events|iter"),
 ])
 def test_aggregate_names_what_is_no_event(wrong, name):
     with pytest.raises(TypeError, match=name):
         list(cs.aggregate(wrong))
 
-def test_aggregate_names_an_event_of_a_second_copy():
+def second_copy():
+    """-> the module, imported once more under this name."""
     spec = importlib.util.spec_from_file_location("second_copy", cs.__file__)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["second_copy"] = module
-    spec.loader.exec_module(module)
-    del sys.modules["second_copy"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "second_copy", module)
+        spec.loader.exec_module(module)
+    return module
+
+def test_aggregate_names_an_event_of_a_second_copy():
     with pytest.raises(TypeError, match=r"second_copy\.TextDelta"):
-        list(cs.aggregate([module.TextDelta("a")]))
+        list(cs.aggregate([second_copy().TextDelta("a")]))
 
 def test_complete():
     with Server([reply(PLAIN, "200 OK", "X-Request-Id: r")]) as server:
         message = complete(server, temperature=0.5)
     assert message == Message(content="ab", finish_reason="stop")
+    assert "completed" not in repr(message)
     assert message.completed == completed(request_id="r")
     assert message.completed.headers["x-request-id"] == "r"
-    assert "completed" not in repr(message)
     assert server.requests[0].json["temperature"] == 0.5
 
 @pytest.mark.parametrize("n", [{"n": 2}, {"extra_body": {"n": 2}}])
@@ -3196,9 +3055,11 @@ def test_a_whole_tool_loop():
         list(ask(server, history))
     function = {"name": "add", "arguments": '{"a":1}'}
     sent = {"id": "i", "type": "function", "function": function, **extra}
-    assert server.requests[1].json["messages"] == [{"role": "user", "content": "1+1?"},
+    assert server.requests[1].json["messages"] == [
+        {"role": "user", "content": "1+1?"},
         {"role": "assistant", "content": None, "tool_calls": [sent], "reasoning": "hm",
-        "reasoning_details": details}, {"role": "tool", "tool_call_id": "i", "content": "2"},]
+         "reasoning_details": details},
+        {"role": "tool", "tool_call_id": "i", "content": "2"}]
     assert server.requests[2].json["messages"][-1] == {"role": "assistant", "content": "ab"}
 
 ERRORS = [
@@ -3231,7 +3092,7 @@ def test_errors_survive_pickle_and_copy(failure):
 
 def test_a_real_error_survives_pickle():
     with Server([UNFINISHED, CLOSE]) as server:
-        _, failure = collect(cs.aggregate(ask(server)))
+        failure = fails(cs.aggregate(ask(server)), cs.TruncatedStreamError)
     twin = pickle.loads(pickle.dumps(failure))
     assert (str(twin), vars(twin)) == (str(failure), vars(failure))
 
@@ -3256,9 +3117,9 @@ def test_errors_keep_their_fields_on_the_instance(failure):
         type(failure)("t", nonsense=1)
 
 def test_every_public_name_is_listed_and_documented():
-    tree = ast.parse(pathlib.Path(cs.__file__).read_text(encoding="utf-8"))
     kinds = (ast.ClassDef, ast.FunctionDef)
-    defined = {n.name for n in tree.body if isinstance(n, kinds) and n.name[0] != "_"}
+    body = ast.parse(SOURCE).body
+    defined = {n.name for n in body if isinstance(n, kinds) and n.name[0] != "_"}
     assert defined == set(cs.__all__) - {"PROVIDERS", "Event", "__version__"}
     for name in defined:
         assert getattr(cs, name).__doc__, name
@@ -3271,8 +3132,8 @@ def test_defaults_are_the_contract():
     assert ToolCallDelta(1) == ToolCallDelta(1, "", "", "", None, 0, "function")
     assert ToolCall("i", "n", "a") == ToolCall("i", "n", "a", {}, "function")
     assert cs.Provider("n", "u") == cs.Provider("n", "u", None, None, {})
-    kinds = cs.IdleTimeoutError, cs.DeadlineError
-    assert all(issubclass(kind, TimeoutError) for kind in kinds)
+    assert issubclass(cs.IdleTimeoutError, TimeoutError)
+    assert issubclass(cs.DeadlineError, TimeoutError)
     assert issubclass(cs.RetryLimitError, cs.StatusError)
 
 def test_stream_and_complete_have_the_same_typed_options():
@@ -3310,14 +3171,16 @@ def random_stream(rng):
     lines = []
     for _ in range(rng.randrange(2, 25)):
         text = rng.choice(TEXTS) * rng.randrange(1, 3)
-        chunk = [lambda t: C(t), lambda t: C(t, obfuscation=rng.choice(["q", "Zx-_9", "",
-            '"'] * 3 + ["é"])), lambda t: tool(rng.choice([0, 0, 0, 1, None]), rng.choice([None,
-            None, "i", "j"]), rng.choice([None, None, "f"]), t),
-            lambda t: D(**{rng.choice(["reasoning", "reasoning_content"]): t}), lambda t: C(t,
-            index=rng.choice([0, 0, 1]), usage=rng.choice([None, USAGE, ZEROS])),
-            lambda t: {**D(content=t, extra={"content": t}, tool_calls=None),
-            "p": "ab" * rng.randrange(3)}, lambda t: C(t,
-            id=f"c{rng.randrange(9) if rng.random() < 0.2 else 0}"),][shape](text)
+        chunk = [
+            C,
+            lambda t: C(t, obfuscation=rng.choice(["q", "Zx-_9", "", '"'] * 3 + ["é"])),
+            lambda t: tool(rng.choice([0, 0, 0, 1, None]), rng.choice([None, None, "i", "j"]),
+                           rng.choice([None, None, "f"]), t),
+            lambda t: D(**{rng.choice(["reasoning", "reasoning_content"]): t}),
+            lambda t: C(t, index=rng.choice([0, 0, 1]), usage=rng.choice([None, USAGE, ZEROS])),
+            lambda t: {**D(content=t, extra={"content": t}, tool_calls=None), "p": "ab" * rng.randrange(3)},
+            lambda t: C(t, id=f"c{rng.randrange(9) if rng.random() < 0.2 else 0}"),
+        ][shape](text)
         if rng.random() < 0.08:
             odd = [STOP, {"choices": []}, whole({"content": "w"}), tool(0, "n", "g", "{")]
             chunk = rng.choice(odd)
@@ -3344,22 +3207,20 @@ def test_the_shortcut_gives_the_same_events():
     assert events > 4_000
 
 SHORTCUTS = [
-    ("two events of one chunk", [D(content="a", refusal="n")] * 3 + [STOP], [A,
-     RefusalDelta("n")] * 3 + [END]),
-    ("more behind the padding", [C("a", obfuscation="q"), C("b", obfuscation="q"), C("a",
-     obfuscation="q", usage=USAGE, z="w"), C("b", "stop", obfuscation="q")], [A, B, A, B,
-     completed(usage=USED)]),
-    ("extra in a call", [tool(0, "i", "f", ""), *[tool(0, None, None, "a", x=1)] * 3], [call(),
-     *[call("a", {"x": 1})] * 3, OPEN]),
+    ("two events of one chunk", [D(content="a", refusal="n")] * 3 + [STOP],
+     [A, RefusalDelta("n")] * 3 + [END]),
+    ("more behind the padding", [C("a", obfuscation="q"), C("b", obfuscation="q"),
+     C("a", obfuscation="q", usage=USAGE, z="w"), C("b", "stop", obfuscation="q")],
+     [A, B, A, B, USED_END]),
+    ("extra in a call", [tool(0, "i", "f", ""), *[tool(0, None, None, "a", x=1)] * 3],
+     [call(), *[call("a", {"x": 1})] * 3, OPEN]),
     ("a member twice, alike at first",
-     [f'{{"choices":[{{"delta":{{"content":"{c}","content":"a"}}}}]}}' for c in "ab"], [A, A,
-     Completed()]),
-    ("a reason in it", [CA, CA, C("b", "length"), C("b", "length")], [A, A, B, B,
-     completed("length")]),
-    ("another name", [D(reasoning="a"), D(reasoning="b"), D(reasoning_content="b"), STOP], [R("a",
-     reasoning="a"), R("b", reasoning="b"), R("b"), END]),
-    ("a half that waits", [CA, CA, C("\ud83d"), CA, CA, STOP], [A, A, TextDelta("\ufffda"), A,
-     END]),
+     [f'{{"choices":[{{"delta":{{"content":"{c}","content":"a"}}}}]}}' for c in "ab"],
+     [A, A, Completed()]),
+    ("a reason in it", [CA, CA, C("b", "length"), C("b", "length")], [A, A, B, B, LENGTH_END]),
+    ("another name", [D(reasoning="a"), D(reasoning="b"), D(reasoning_content="b"), STOP],
+     [R("a", reasoning="a"), R("b", reasoning="b"), R("b"), END]),
+    ("a half that waits", [CA, CA, C("\ud83d"), CA, CA, STOP], [A, A, T("\ufffda"), A, END]),
     ("empty ones", [CA, C(""), CA, C(""), STOP], [A, A, END]),
     ("after [DONE] in between", [CA, CB, DONE, CA], [A, B, OPEN]),
 ]
@@ -3374,20 +3235,16 @@ def parses(body, monkeypatch):
     parsed = []
     real = json.JSONDecoder.raw_decode
     with monkeypatch.context() as patch:
-        module = importlib.util.spec_from_file_location("chatstream_counted", cs.__file__)
-        copied = importlib.util.module_from_spec(module)
-        patch.setitem(sys.modules, "chatstream_counted", copied)
         count = lambda *given, **more: parsed.append(1) or real(*given, **more)  # noqa: E731
         patch.setattr(json.JSONDecoder, "raw_decode", count)
-        module.loader.exec_module(copied)
-        events = sum(1 for _ in copied.decode([body]))
+        events = sum(1 for _ in second_copy().decode([body]))
     return events, len(parsed)
 
 @pytest.mark.parametrize("chunk", [
-    lambda text: C(text),
+    C,
     lambda text: C(text, obfuscation="x" + text),
     lambda text: D(reasoning_content=text),
-    lambda text: tool(0, None, None, text),
+    arg,
     lambda text: C(text, index=0, usage=None),
 ])
 def test_the_shortcut_is_taken(chunk, monkeypatch):
@@ -3413,18 +3270,14 @@ def test_the_shortcut_learns_from_lines_of_at_most_16_kib(size, taken, monkeypat
 def command(*args, **options):
     """-> the finished process of the command, with bytes in and out."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"}
-    env.update(options.pop("env", {}))
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options,
+               "env": {**env, **options.get("env", {})}, "timeout": PATIENCE * 2}
     file = str(HERE / "chatstream.py")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": PATIENCE * 2}
-    return subprocess.run(
-        [sys.executable, "-W", "error", file, *args], env=env, **{**pipes, **options}
-    )
+    return subprocess.run([sys.executable, "-W", "error", file, *args], **options)
 
 def main(server, *args):
     """-> the exit status of the command in this process, with a prompt of one word."""
-    return cs._main(
-        ["-m", "m", "-u", server if isinstance(server, str) else server.url, *args, "x"]
-    )
+    return cs._main(["-m", "m", "-u", server.url, *args, "x"])
 
 @pytest.fixture(autouse=True)
 def no_standard_input(monkeypatch):
@@ -3434,9 +3287,9 @@ def no_standard_input(monkeypatch):
 
 def test_cli_demo_on_a_bare_interpreter(tmp_path):
     shutil.copy(cs.__file__, tmp_path)
-    run = [sys.executable, "-I", "-S", "chatstream.py", "--demo", "hello", "there"]
-    env = {"HTTP_PROXY": "http://127.0.0.1:9"}
-    run = subprocess.run(run, cwd=tmp_path, capture_output=True, timeout=PATIENCE * 2, env=env)
+    args = [sys.executable, "-I", "-S", "chatstream.py", "--demo", "hello", "there"]
+    run = subprocess.run(args, cwd=tmp_path, capture_output=True, timeout=PATIENCE * 2,
+                         env={"HTTP_PROXY": "http://127.0.0.1:9"})
     assert (run.returncode, run.stderr) == (0, b"")
     assert b"hello there" in run.stdout
 
@@ -3477,22 +3330,20 @@ def test_cli_exit_codes(script, code, option, capsys):
         assert re.fullmatch("chatstream: .*wrong\n", err)
         assert not option or json.loads(out)["type"] == "StatusError"
 
-def test_cli_what_goes_where(capsys):
-    chunks = [D(reasoning_content="hm"), C("a"), D(reasoning_content="ok"), C("b"), D(refusal="no"),
-              tool(0, "i", "f", "{}"), STOP]
+@pytest.mark.parametrize("chunks, options, out, err", [
+    ([D(reasoning_content="hm"), CA, D(reasoning_content="ok"), CB, D(refusal="no"), TOOL, STOP], [],
+     "ab\n", "hm\n\nok\n\nno\ntool call: f({})\n"),
+    ([CA, C("x", index=1), CB, C("y", index=1), STOP, C(finish="stop", index=1)], ["-o", "n=2"],
+     "ab\n\nxy\n", ""),
+], ids=["kinds", "several choices one below the other"])
+def test_cli_what_goes_where(chunks, options, out, err, capsys):
     with Server([reply(sse(*chunks))]) as server:
-        assert main(server) == 0
-    assert capsys.readouterr() == ("ab\n", "hm\n\nok\n\nno\ntool call: f({})\n")
-
-def test_cli_several_choices_one_below_the_other(capsys):
-    chunks = [C("a"), C("x", index=1), C("b"), C("y", index=1), STOP, C(finish="stop", index=1)]
-    with Server([reply(sse(*chunks))]) as server:
-        assert main(server, "-o", "n=2") == 0
-    assert capsys.readouterr().out == "ab\n\nxy\n"
+        assert main(server, *options) == 0
+    assert capsys.readouterr() == (out, err)
 
 def test_cli_json_lines(capsys):
     slow = error("429 Slow", {"error": {"message": "slow", "code": "c"}}, "Retry-After: 999",
-        "X-Request-Id: r",)
+                 "X-Request-Id: r")
     body = sse(D(reasoning_content="r"), C("é"), STOP, DONE)
     with Server([reply(body)], [slow]) as server:
         assert [main(server, "--json") for _ in range(2)] == [0, 1]
@@ -3501,10 +3352,9 @@ def test_cli_json_lines(capsys):
     assert lines[1] == {"text": "é", "choice": 0}
     assert lines[2]["finish_reason"] == "stop"
     assert list(shown)[:3] == ["event", "type", "message"]
-    assert (shown["event"], shown["type"]) == ("error", "RetryLimitError")
-    assert (shown["status"], shown["code"], shown["attempts"]) == (429, "c", 1)
-    assert (shown["retry_after"], shown["request_id"]) == (999.0, "r")
     assert "slow" in shown["message"]
+    assert {"event": "error", "type": "RetryLimitError", "status": 429, "code": "c", "attempts": 1,
+            "retry_after": 999.0, "request_id": "r"}.items() <= shown.items()
 
 def test_cli_options_reach_the_request(monkeypatch, capsys):
     monkeypatch.setenv("MY_KEY", KEY)
@@ -3559,57 +3409,51 @@ def test_cli_wrong_arguments(args, text, capsys):
         assert cs._main(args) == 2
     assert text in capsys.readouterr().err
 
-@pytest.mark.parametrize(
-    "env", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C"}]
-)
+@pytest.mark.parametrize("env", [
+    {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C"},
+])
 def test_cli_output_into_a_pipe_is_utf_8(env):
     with Server([reply(sse(C("é你好😀"), STOP, DONE))]) as server:
         run = command("-m", "m", "-u", server.url, "x", env=env, stdin=subprocess.DEVNULL)
     assert (run.returncode, run.stdout.decode()) == (0, "é你好😀\n")
 
-@pytest.mark.parametrize("end, code", [
-    ("| head -1", 0), ("| true", 0), ("2>&1 | true", 0), ("> /dev/full", 1), ("--json > /dev/full", 1), ("<&-", 2),
+DISK_FULL = rb"chatstream: cannot write the answer: .*\n"
+
+@pytest.mark.parametrize("end, code, said", [
+    ("x | head -1", 0, b""),
+    ("x | true", 0, b""),
+    ("x 2>&1 | true", 0, b""),
+    ("x > /dev/full", 1, DISK_FULL),
+    ("x --json > /dev/full", 1, DISK_FULL),
+    ("<&-", 2, rb"chatstream: .*input.*\n"),
 ])
-def test_cli_ends_of_the_shell(end, code):
+def test_cli_ends_of_the_shell(end, code, said):
     """A closed pipe is quiet; a full disk and a closed standard input are said."""
     if "/dev/full" in end and not os.path.exists("/dev/full"):
         pytest.skip("no such device")
     body = sse(*[C("word\n" * 2000) for _ in range(200)], STOP, DONE)
     with Server([reply(body)]) as server:
         args = [sys.executable, "chatstream.py", "-m", "m", "-u", server.url]
-        words = "" if end == "<&-" else "x"
-        script = f"{shlex.join(args)} {words} {end}"
-        run = subprocess.run(
-            script, shell=True, cwd=HERE, capture_output=True, timeout=PATIENCE * 2
-        )
+        run = subprocess.run(f"{shlex.join(args)} {end}", shell=True, cwd=HERE,
+                             capture_output=True, timeout=PATIENCE * 2)
     assert run.returncode == code
-    said = {
-        0: rb"",
-        1: rb"chatstream: cannot write the answer: .*\n",
-        2: rb"chatstream: .*input.*\n",
-    }
-    assert re.fullmatch(said[code], run.stderr)
+    assert re.fullmatch(said, run.stderr)
 
-@pytest.mark.parametrize(
-    "script, code", [([UNFINISHED, CLOSE], 1), ([reply(sse(C("a"), DONE))], 3)]
-)
+@pytest.mark.parametrize("script, code", [([UNFINISHED, CLOSE], 1), ([reply(sse(CA, DONE))], 3)])
 def test_cli_errors_stand_on_a_line_of_their_own(script, code):
+    pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with Server(script) as server:
-        run = command(
-            "-m", "m", "-u", server.url, "x", stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        )
+        run = command("-m", "m", "-u", server.url, "x", **pipes)
     assert run.returncode == code
     first, *lines = run.stdout.decode().splitlines()
     assert first == "a"
     assert all(line.startswith("chatstream: ") for line in lines if line)
 
+#: A shell that started us in the background has SIGINT ignored, which is inherited.
+INTERRUPTIBLE = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
 def test_cli_interrupt():
-    # A shell that started us in the background has SIGINT ignored, which is inherited.
-    code = (
-        "import signal, sys, chatstream;"
-        "signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "sys.exit(chatstream._main())"
-    )
+    code = INTERRUPTIBLE + "import sys, chatstream\nsys.exit(chatstream._main())"
     with Server([UNFINISHED, HOLD]) as server:
         run = [sys.executable, "-c", code, "-m", "m", "-u", server.url, "x"]
         pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
@@ -3619,17 +3463,6 @@ def test_cli_interrupt():
             assert child.wait(PATIENCE) == 130
             assert child.stdout.read() == b"\n"
             assert child.stderr.read() == b""
-
-def test_reads_without_any_text_between_cr_and_lf():
-    body = b'event: error\r\ndata: {"message":"CUDA oom"}\r\n\r\n'
-    for packed in (gzip.compress(body), gzip.compress(body, 0)):
-        events, failure = decode([packed[at : at + 1] for at in range(len(packed))])
-        assert (events, failure.message) == ([], "CUDA oom")
-
-def test_a_line_that_is_data_without_a_colon_is_padding():
-    assert decode([sse(C("a"), STOP) + b"data\n\n"]) == ([A, END], None)
-    with pytest.raises(cs.StreamError, match="without a finish_reason"):
-        list(cs.decode([sse(C("a")) + b"data\n\n"], strict=True))
 
 # ---- The README ----------------------------------------------------------------------
 
@@ -3714,10 +3547,8 @@ def test_readme_many_prompts_lose_nothing(tmp_path):
         return sorted(json.loads(line)["prompt"] for line in lines)
 
     def start():
-        # A shell that started us in the background has SIGINT ignored, which is inherited.
-        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         path = tmp_path / "batch.py"
-        path.write_text(code + example("answers.jsonl"))
+        path.write_text(INTERRUPTIBLE + example("answers.jsonl"))
         env = {**os.environ, "OPENAI_BASE_URL": url, "PYTHONPATH": str(HERE)}
         options = {"cwd": tmp_path, "env": env, "stdout": subprocess.PIPE}
         return subprocess.Popen([sys.executable, path], stderr=subprocess.PIPE, **options)
@@ -3748,9 +3579,7 @@ def test_readme_many_prompts_lose_nothing(tmp_path):
     assert (saved(), asked[40:]) == (prompts, [slow])
 
 def test_readme_another_server_when_the_first_is_down(capsys, sleeps):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        closed = listener.getsockname()[1]  # where nobody listens any more
-    code = example("yield from events").replace("127.0.0.1:8080", f"127.0.0.1:{closed}")
+    code = example("yield from events").replace("127.0.0.1:8080", f"127.0.0.1:{closed_port()}")
     with Server([reply(sse(C("second"), STOP, DONE))]) as server:
         exec(code.replace("http://127.0.0.1:8000", server.origin), {})
     assert len(server.requests) == 1
@@ -3759,7 +3588,7 @@ def test_readme_another_server_when_the_first_is_down(capsys, sleeps):
 def test_readme_a_line_of_json_has_this_shape(capsys):
     shown = re.search(r'`(\{"event": "TextDelta".*?\})`', README)[1]
     with Server([reply(sse(C("Because"), STOP, DONE))]) as server:
-        assert cs._main(["-m", "m", "-u", server.url, "--json", "x"]) == 0
+        assert main(server, "--json") == 0
     assert capsys.readouterr().out.splitlines()[0] == shown
 
 def test_readme_has_at_most_1700_words():
@@ -3768,8 +3597,7 @@ def test_readme_has_at_most_1700_words():
 def test_readme_names_everything():
     for name in set(cs.__all__) - {"__version__", "stream"}:
         assert re.search(rf"`{name}\b", README), name
-    options = inspect.signature(cs.stream).parameters.values()
-    for option in options:
+    for option in inspect.signature(cs.stream).parameters.values():
         default = {inspect.Parameter.empty: ""}.get(option.default, option.default)
         shown = f"{default:g}" if isinstance(default, float) else str(default)
         assert f"| `{str(option).split(':')[0]}` | {shown} |".replace("  ", " ") in README
@@ -3794,15 +3622,11 @@ def test_readme_links_to_headings_that_exist():
 
 def test_readme_changelog_names_this_version():
     assert f"- **{cs.__version__}**" in README
-    header = pathlib.Path(cs.__file__).read_text(encoding="utf-8").splitlines()[0]
-    assert cs.__version__ in header
+    assert cs.__version__ in SOURCE.splitlines()[0]
 
 def test_the_licence_is_in_the_file():
-    def words(text):
-        return re.sub(r"^#", "", text, flags=re.MULTILINE).split()
-
-    licence = words((HERE / "LICENSE").read_text(encoding="utf-8"))
-    module = words(pathlib.Path(cs.__file__).read_text(encoding="utf-8"))
+    module, licence = (re.sub(r"^#", "", text, flags=re.MULTILINE).split() for text in (
+        SOURCE, (HERE / "LICENSE").read_text(encoding="utf-8")))
     assert module[-len(licence) :] == licence
 
 # ---- Fuzz: seeded, bounded -----------------------------------------------------------
@@ -3858,10 +3682,11 @@ def test_fuzz_framings_of_the_same_chunks():
             some = texts[place : place + rng.randrange(1, 4)]
             place += len(some)
             end = rng.choice(["\n\n", "\r\n\r\n", "\r\r"])
-            framed += rng.choice(["".join(f"data: {t}{end}" for t in some),
+            framed += rng.choice([
+                "".join(f"data: {t}{end}" for t in some),
                 "".join(f"{t}{end[: len(end) // 2]}" for t in some) + end,
                 "data:" + rng.choice(["", " "]).join(some) + end,
                 f"data: data: [{','.join(some)}]{end}", f"[{','.join(some)}]{end}",
-                "".join(f"data:{t}\n" for t in some) + end + ": comment" + end,])
+                "".join(f"data:{t}\n" for t in some) + end + ": comment" + end])
         got = decode(pieces_of(framed.encode("utf-8", "surrogatepass"), rng))
         assert summary(got) == summary(wanted), framed
