@@ -92,7 +92,7 @@ class Server:
     file. A script that begins with DEAF runs before the request's body is read.
     """
 
-    def __init__(self, *scripts, tls=None):
+    def __init__(self, *scripts, tls=None, host="127.0.0.1"):
         self.scripts = scripts or ([reply(sse(C("hi"), DONE))],)
         self.requests = []
         self.begun = 0  # requests whose headers have come
@@ -100,9 +100,10 @@ class Server:
         self.left = 0  # connections that the client has ended
         self.stopping = threading.Event()
         self.tls = tls
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        family = socket.AF_INET6 if "[" in host else socket.AF_INET
+        self.listener = socket.create_server((host.strip("[]"), 0), family=family)
         self.port = self.listener.getsockname()[1]
-        self.origin = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
+        self.origin = f"http{'s' if tls else ''}://{host}:{self.port}"
         self.url = self.origin + "/v1"
         self.changed = threading.Condition()
         self.sockets = []
@@ -785,6 +786,8 @@ MESSAGES_IN_CHUNKS = [
      [*[whole({"content": t}, None) for t in ("a", "a", "ab")], STOP, DONE], AB),
     ("only messages: the text so far, then none",
      [*[whole({"content": t}, None) for t in ("a", None)], whole({})], [A, END]),
+    ("only messages: a half of a pair as the next piece",
+     [*[whole({"content": t}, None) for t in ("ab", "\ud800")], STOP], [T("ab"), T("\ufffd"), END]),
     ("only messages: the text so far, of two choices", [*[{"choices": [
      {"index": i, "message": {"content": t + u}} for i, t in enumerate("xy")]}
      for u in ("", "z")], STOP], [T("x"), T("y", 1), T("z"), T("z", 1), END]),
@@ -996,6 +999,8 @@ ERROR_ROWS = [
     ("indented JSON", sse(CA) + json.dumps({"error": ERROR}, indent=2).encode(), [A], *ALL),
     ("a list in a data line (Gemini)", [CA, json.dumps([{"error": ERROR}])], [A], *ALL),
     ("JSON and no stream", json.dumps({"error": ERROR}).encode(), [], *ALL),
+    ("a code that is no word and no number", [{"error": {**ERROR, "code": [1], "type": {}}}],
+     [], None, None, "boom"),
     ("behind a cut event", sse(CA) + b'data: {"choices":[{"de\n' + sse({"error": ERROR}), [A], *ALL),
     ("line ends unescaped (transformers serve)", sse(CA, CUDA),
      [A], None, None, "CUDA error: boom Compile with `X`."),
@@ -1519,9 +1524,11 @@ def test_each_event_is_handed_over_when_it_arrives(start, piece):
     pour(b"0\r\nx: y\r\n", pause=0.005),
 ], ids=["nothing", "comments", "trailers"])
 def test_what_comes_after_done_does_not_hold_the_call(more):
-    with Server([CHUNKED + chunked(PLAIN), more]) as server:
-        assert list(ask(server)) == AB
-        server.wait_for_leaving()
+    unended = sse(CA, CB, STOP, '{"cut', DONE, end="\n")  # behind a cut chunk, no blank line
+    for body, skipped in ((PLAIN, 0), (unended, 1)):
+        with Server([CHUNKED + chunked(body), more]) as server:
+            assert list(ask(server)) == [A, B, completed(skipped=skipped)]
+            server.wait_for_leaving()
 
 # ---- Time: the bounds in each phase of a call, cancel(), signals ---------------------
 
@@ -1536,20 +1543,27 @@ PHASES = {
 }
 
 @contextlib.contextmanager
-def alarm(action):
-    """A signal that comes while the block runs. action: an exception, or a function."""
+def alarm(action, server):
+    """A signal that comes while the block runs, when the server has the request, and a
+    little later. action: an exception, or a function."""
 
     def handler(number, frame):
         if isinstance(action, Exception):
             raise action
         action()
 
+    def send():
+        server.wait_until(lambda: server.requests)
+        time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
     previous = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    thread = threading.Thread(target=send)
+    thread.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        thread.join()
         signal.signal(signal.SIGALRM, previous)
 
 def cancel_soon(events, server=None):
@@ -1593,7 +1607,7 @@ def test_what_ends_a_wait_in_each_phase(phase, way):
         if way == "deadline":
             failure = collect(call)[1]
         elif way == "cancel in a handler":
-            with alarm(lambda: cs.cancel(call)):
+            with alarm(lambda: cs.cancel(call), server):
                 failure = collect(call)[1]
         elif isinstance(way, str):
             failure = cancelled(call, server)
@@ -1601,8 +1615,9 @@ def test_what_ends_a_wait_in_each_phase(phase, way):
             action = way
             if type(way) is KeyboardInterrupt:
                 action = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
-            with pytest.raises((type(way), cs.ChatStreamError)) as caught, alarm(action):
-                list(call)
+            with pytest.raises((type(way), cs.ChatStreamError)) as caught:
+                with alarm(action, server):
+                    list(call)
             failure = caught.value
         if phase != "retry":
             server.wait_for_leaving()
@@ -1744,6 +1759,25 @@ def test_a_stalled_upload_is_not_tried_again(kept, sleeps):
         call = ask(server, "x" * (64 << 20), connect_timeout=SOON, max_retries=3)
         fails(call, cs.TransportError, "while sending")
     assert server.begun == 1 + kept
+
+def test_deadline_while_the_request_is_sent():
+    with Server([DEAF, lambda *_: server.stopping.wait(PATIENCE)]) as server:
+        fails(ask(server, "x" * (32 << 20), deadline=LATER), cs.DeadlineError)
+
+def test_an_early_413_to_a_large_request():
+    """The status where it can be read; a reset may take it away."""
+    with Server([DEAF, error("413 Too Large", {"error": "too large"}), CLOSE]) as server:
+        _, failure = collect(ask(server, "x" * (16 << 20)))
+    assert isinstance(failure, (cs.StatusError, cs.TransportError))
+
+def test_an_address_of_ipv6():
+    try:
+        server = Server([reply(PLAIN)], host="[::1]")
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with server:
+        assert list(ask(server)) == AB
+    assert server.requests[0].header("Host") == f"[::1]:{server.port}"
 
 def test_cancel_while_connecting():
     """When that wait ends: each at its connect_timeout at the latest."""
@@ -1951,8 +1985,9 @@ def test_a_bad_key_is_refused_by_the_name_of_its_source(given, monkeypatch):
 def test_the_key_of_one_provider_goes_nowhere_else(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("GROQ_API_KEY", f" {KEY}groq\r\n")  # blanks around it are none of it
-    sent = [request_of(provider=name).header("Authorization") for name in (None, "ollama", "groq")]
-    assert sent == [None, None, f"Bearer {KEY}groq"]
+    names = (None, "", "ollama", "groq")
+    sent = [request_of(provider=name).header("Authorization") for name in names]
+    assert sent == [None, None, None, f"Bearer {KEY}groq"]
 
 def test_a_provider_of_ones_own(monkeypatch):
     with Server() as server:
@@ -1963,6 +1998,8 @@ def test_a_provider_of_ones_own(monkeypatch):
         list(cs.stream("x", model="m", provider=mine))
     assert server.requests[0].header("X-Team") == "red"
     assert "red" not in repr(mine)
+    with pytest.raises(TypeError, match=r"^base_url: expected str"):
+        cs.stream("x", model="m", provider=cs.Provider("no URL", None))
 
 # ---- Tries and waits -----------------------------------------------------------------
 
@@ -2295,6 +2332,8 @@ PACKED = [
     ("a wrong checksum behind the finish", gzip.compress(sse(CA, STOP))[:-8] + b"\0" * 8, [A, END],
      None),
     ("nonsense", b"\x1f\x8bxxxxxxxx", [], cs.StreamError),
+    ("plain text behind (HAProxy 2.6, when its server cuts)", FLUSHED + sse(CB, CB), [A],
+     cs.StreamError),
 ]
 
 @pytest.mark.parametrize("row, raw, events, kind", PACKED, ids=ids(PACKED))
@@ -2726,6 +2765,12 @@ def relay(upstream_port):
 
     return [run, CLOSE]
 
+def test_tls_to_a_proxy_for_http(tls, monkeypatch):
+    with Server([reply(PLAIN)], tls=tls) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"https://127.0.0.1:{proxy.port}")
+        assert list(ask(UPSTREAM)) == AB
+    assert proxy.requests[0].target == f"{UPSTREAM}/chat/completions"
+
 def test_tls_through_a_proxys_tunnel(tls, monkeypatch):
     with Server([reply(PLAIN)], tls=tls) as server:
         with Server(relay(server.port)) as proxy:
@@ -3116,6 +3161,16 @@ def test_errors_keep_their_fields_on_the_instance(failure):
     with pytest.raises(TypeError, match="nonsense"):
         type(failure)("t", nonsense=1)
 
+def test_a_class_of_the_callers_own_may_inherit_from_an_error():
+    class Mine(cs.StatusError):
+        team: str = "red"
+
+        def twice(self):
+            return 2 * self.team
+
+    assert (Mine("t", status=500).twice(), Mine(team="a").twice()) == ("redred", "aa")
+    assert vars(Mine("t", status=500)).items() >= {"status": 500, "headers": {}}.items()
+
 def test_every_public_name_is_listed_and_documented():
     kinds = (ast.ClassDef, ast.FunctionDef)
     body = ast.parse(SOURCE).body
@@ -3223,6 +3278,9 @@ SHORTCUTS = [
     ("a half that waits", [CA, CA, C("\ud83d"), CA, CA, STOP], [A, A, T("\ufffda"), A, END]),
     ("empty ones", [CA, C(""), CA, C(""), STOP], [A, A, END]),
     ("after [DONE] in between", [CA, CB, DONE, CA], [A, B, OPEN]),
+    ("two chunks in a line (GLM)", [J_A + J_A, J_B + J_A, STOP], [A, A, B, A, END]),
+    ("a chunk glued behind (GLM)", [f"{J_A}data: {J_A}", f"{J_B}data: {J_A}", STOP],
+     [A, A, B, A, END]),
 ]
 
 @pytest.mark.parametrize("row, chunks, events", SHORTCUTS, ids=ids(SHORTCUTS))
@@ -3355,6 +3413,11 @@ def test_cli_json_lines(capsys):
     assert "slow" in shown["message"]
     assert {"event": "error", "type": "RetryLimitError", "status": 429, "code": "c", "attempts": 1,
             "retry_after": 999.0, "request_id": "r"}.items() <= shown.items()
+
+def test_cli_says_which_key_is_missing(monkeypatch, capsys):
+    monkeypatch.delenv("GROQ_API_KEY", raising=False)
+    assert cs._main(["-m", "m", "-p", "groq", "x"]) == 1
+    assert "set the variable GROQ_API_KEY" in capsys.readouterr().err
 
 def test_cli_options_reach_the_request(monkeypatch, capsys):
     monkeypatch.setenv("MY_KEY", KEY)
