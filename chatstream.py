@@ -723,7 +723,7 @@ def _expect(name: str, value: Any, *kinds: Any) -> Any:
 def _choose_provider(given: Any, base_url: Any) -> tuple[Provider, str]:
     """-> the provider with its URL, and the URL's source."""
     hint = " (extra_body= takes OpenRouter's)" if isinstance(given, Mapping) else ""
-    _expect(f"provider{hint}", given, str, Provider, None)
+    given = _expect(f"provider{hint}", given, str, Provider, None)
     if not given and base_url is not None:  # some server: no key of ours goes there
         return Provider("base_url", base_url), "base_url"
     found = given if isinstance(given, Provider) else PROVIDERS.get(given or "openai")
@@ -798,7 +798,7 @@ def _parse_url(source: str, base_url: str) -> _URL:
     try:
         url = urlsplit(base_url)
         host, port = url.hostname or "", url.port
-        host.encode("idna")  # labels of 1 to 63 characters
+        host.encode("idna")  # labels of 1 to 63
     except ValueError:
         url, host, port = urlsplit(""), "", None
     path = url.path.rstrip("/")
@@ -1891,7 +1891,7 @@ def _has_bad_code(value: Any) -> bool:
 # The answer: lines -> JSON -> chunks
 # ---
 
-#: Stands for [DONE] among them.
+#: Stands for [DONE].
 _DONE = "[DONE]"
 
 #: What may stand around JSON: frameworks add a `data:`, GLM omits line ends.
@@ -2929,7 +2929,7 @@ def _serve_demo() -> str:
                 self.wfile.write(f"data: {chunk}\n\n".encode())
                 time.sleep(0.05)
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
