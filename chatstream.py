@@ -1634,7 +1634,7 @@ def _open_in_pool(request: _Request, clock: _Clock) -> _Reply:
             body=upload,
             headers=_merge_headers(pool.headers or {}, request.headers, length),
             timeout=urllib3.Timeout(connect=connect, read=read),
-            pool_timeout=connect,  # for a blocking pool in use
+            pool_timeout=connect,
             retries=False,
             redirect=False,
             preload_content=False,
@@ -1668,7 +1668,8 @@ def _where(url: _URL, proxy: Any) -> str:
 
 
 def _find_proxy(url: _URL, secrets: _Secrets) -> Optional[_URL]:
-    if not any(name.lower().endswith("_proxy") for name in os.environ):
+    names = (f"{url.scheme}_proxy", "all_proxy")
+    if not any(os.environ.get(n) or os.environ.get(n.upper()) for n in names):
         return None  # spares the import
     import urllib.request
     from base64 import b64encode
@@ -1735,7 +1736,7 @@ def _tls_context(kind: Any, cert_file: Optional[str]) -> Any:
         can_trust = bool(context.cert_store_stats()["x509_ca"])
     except NotImplementedError:  # truststore asks the system
         can_trust = True
-    folder = ssl.get_default_verify_paths().capath  # where OpenSSL looks later
+    folder = ssl.get_default_verify_paths().capath
     if not (cert_file or can_trust or (folder and os.listdir(folder))):
         try:
             import certifi  # type: ignore[import-not-found,unused-ignore]
