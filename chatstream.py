@@ -757,6 +757,8 @@ def _check_headers(what: str, headers: Any) -> None:
     for name, value in (_expect(what, headers, Mapping, None) or {}).items():
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", _expect(what, name, str), re.A):
             raise ValueError(f"{what}: expected names of headers, got another")
+        if name.lower() in ("content-length", "transfer-encoding"):
+            raise ValueError(f"{what}: {name} follows from the body")
         _check_value(f"{what}[{name!r}]", value)
 
 
@@ -813,8 +815,8 @@ def _parse_url(source: str, base_url: str) -> _URL:
     ):
         if is_wrong:
             form = f"expected http(s)://host[:port][/path][?query], {wanted}"
-            got = "" if "@" in base_url else re.split("[?#]", base_url)[0][:_MAX_QUOTE]
-            raise ValueError(f"{source}: {form}; got {got!r}")
+            got = "" if "@" in base_url else re.split("[?#]", base_url)[0]
+            raise ValueError(f"{source}: {form}; got {got!r:.200}")
     safe = "/%:@!$&'()*+,;=-._~"
     target = quote(path, safe=safe) + "/chat/completions"
     if url.query:
@@ -957,8 +959,7 @@ def _dump(value: Any, **options: Any) -> str:
 
 
 def _is_timeout(error: BaseException) -> bool:
-    """Not ETIMEDOUT, which has an errno: that is a failed connection. (The two classes
-    are one since Python 3.10.)"""
+    """Not ETIMEDOUT, which has an errno: that is a failed connection."""
     return isinstance(error, (socket.timeout, TimeoutError)) and error.errno is None
 
 
@@ -1123,18 +1124,18 @@ _REQUEST_IDS += ["x-generation-id", "x-litellm-call-id", "cf-ray"]
 
 def _attempt(request: _Request, clock: _Clock) -> _Events:
     clock.start_try()
+    hide = request.secrets.hide
     if _log.isEnabledFor(logging.DEBUG):
-        shown = request.secrets.hide(request.content.decode())[:2000]
+        shown = hide(request.content.decode())[:2000]
         _log.debug("POST %s %s", request.url.shown, shown)
     started = time.monotonic()
     request_id, reply = "", None
     try:
         reply = (_open if request.pool is None else _open_in_pool)(request, clock)
         clock.start_event()
-        headers = reply.headers
-        request_id = next((headers[n] for n in _REQUEST_IDS if headers.get(n)), "")
-        seconds = time.monotonic() - started
-        _log.debug("%d in %.3f s, request id %r", reply.status, seconds, request_id)
+        request_id = next(filter(None, map(reply.headers.get, _REQUEST_IDS)), "")
+        facts = (reply.status, time.monotonic() - started, hide(request_id))
+        _log.debug("%d in %.3f s, request id %r", *facts)
         if not 200 <= reply.status < 300:
             raise _status_failure(request, reply, clock)
         yield from _read_reply(request, reply, clock, request_id)
@@ -1153,7 +1154,6 @@ def _attempt(request: _Request, clock: _Clock) -> _Events:
 
 #: Time for the body to end after [DONE], so that its connection can be reused.
 _GRACE_SECONDS = 0.05
-
 
 #: The statuses and words of errors that another try may heal.
 _PASSING = {*map(str, (408, 429, *range(500, 600))), "server_error", "overloaded_error"}
@@ -1425,8 +1425,11 @@ class _Reply:
         self._is_reusable = not (has_more or is_last or pending)
 
     def close(self) -> None:
+        if not self._is_reusable:  # shut down, then closed
+            self._release(False)
         self.response.close()
-        self._release(self._is_reusable)
+        if self._is_reusable:
+            self._release(True)
 
 
 def _pass_on(error: BaseException) -> None:
@@ -1487,11 +1490,11 @@ def _exchange(
 
     def start() -> None:
         length = {"Content-Length": str(len(body))}
-        first = proxy.headers if proxy and is_absolute else {}
+        peer = proxy if is_absolute else url
         block = body[:_BLOCK_SIZE]
-        # The headers hold the key: no frame of ours has a name for them.
+        # The headers hold keys: no frame of ours has a name for them.
         connection.request(
-            "POST", target, block, _merge_headers(first, request.headers, length)
+            "POST", target, block, _merge_headers(peer.headers, request.headers, length)
         )
 
     def release(is_reusable: bool) -> None:
@@ -1784,7 +1787,6 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> ChatStre
     text = f"HTTP {status} from {reply.where}" + (f": {said}" if said else "")
     location = re.split("[?#]", headers.get("location", ""))[0]
     if 300 <= status < 400 and location:
-        # Without user:password@.
         location = re.sub("//.*@", "//", _one_line(location, _MAX_SENTENCE))
         text += f" (redirects are not followed; Location: {location})"
     elif status == 401 and not request.secrets.are_sent:
@@ -1804,7 +1806,6 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> ChatStre
 _SENTENCES = "metadata raw errordescription error message detail details errors msg"
 _SENTENCES += " errormsg errormessage baseresp statusmsg text title description reason"
 
-#: Where they put its code and type.
 _CODES, _KINDS = ("code", "error_code", "status_code"), ("type", "error_type")
 
 
@@ -1892,7 +1893,6 @@ def _has_bad_code(value: Any) -> bool:
 # The answer: lines -> JSON -> chunks
 # ---
 
-#: Stands for [DONE].
 _DONE = "[DONE]"
 
 #: What may stand around JSON: frameworks add a `data:`, GLM omits line ends.
@@ -1941,7 +1941,6 @@ _MAX_EVENT = 64 * 1024 * 1024
 
 #: No model makes as many.
 _MAX_CHOICES = _MAX_CALLS = 1024
-
 
 #: After so many shortcuts that were never taken no more are made.
 _PATIENCE = 8
@@ -2114,7 +2113,6 @@ class _Answer:
             error = _find_error(value, bool(self._name))
             events = self._read_chunk(value, error is not None)
             if line and len(events) == 1 and not (self._raw or self._name):
-                # Unless they are never taken, make a shortcut of it.
                 if self.said > self._learned_at + 1:  # the last one was used
                     self._wasted = 0
                 if self._wasted < _PATIENCE:
@@ -2193,8 +2191,6 @@ class _Answer:
     def _halves(self) -> list[_Delta]:
         return [e for choice in self._choices.values() for e in choice.take_halves()]
 
-    # The end
-
     def end(self, cut: Optional[ChatStreamError]) -> _Events:
         self.cut = cut
         if not self.done:
@@ -2225,7 +2221,8 @@ class _Answer:
         is_finished = all(finished) and len(finished) >= (least or 1)
         if cut is None and is_finished:
             if all(choice.is_empty for choice in choices):
-                _log.warning("the answer is empty (finish_reasons %s)", reasons)
+                shown = self._hide(str(reasons))
+                _log.warning("the answer is empty (finish_reasons %s)", shown)
             return
         if cut is None and text[:1] not in ("", "{", "["):
             yield from self._fail(text)  # a server's last words
@@ -2235,7 +2232,7 @@ class _Answer:
         fault = cut or TruncatedStreamError(f"the stream ended {why}")
         if self._strict or (cut is not None and not is_finished):
             raise fault
-        _log.warning("%s", self._hide(str(fault)))
+        _log.warning("%s", _one_line(self._hide(str(fault)), _MAX_TEXT))
 
 
 #: Counts of other names (mlx-vlm, DeepSeek), and where OpenAI has the last two of ours.
@@ -2599,7 +2596,7 @@ def _find_hole(event: Any, chunk: Any, choice: _Choice) -> tuple[Any, str, Any]:
 
 
 def _check_blocks(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """In pieces: zlib copies what it leaves of each."""
+    """In pieces: a block may hold more than the bound of one event."""
     for block in blocks:
         if not isinstance(block, (bytes, bytearray, memoryview)):
             kind = type(block).__name__
@@ -2659,7 +2656,7 @@ class _Assembly:
             text = "".join(pieces) if is_text else _join_arguments(pieces)
             same, name = (call.id, call.name, text), call.id
             if not (call.name or text) or (name and same in seen):
-                continue  # nothing, or sent again under another index (new-api, LocalAI)
+                continue  # nothing, or sent again (new-api, LocalAI)
             seen.add(same)
             while name in ids:  # none sent (NIM), or another call's (DeepSeek)
                 name = f"call_{os.urandom(12).hex()}"
@@ -2812,7 +2809,7 @@ class _Screen(logging.Handler):
 
 
 def _main(argv: Optional[list[str]] = None) -> int:
-    """The command `chatstream`. -> exit status."""
+    """-> the exit status."""
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):  # into a file or a pipe always UTF-8
             encoding = output.encoding if output.isatty() else "utf-8"
@@ -2828,7 +2825,7 @@ def _main(argv: Optional[list[str]] = None) -> int:
     except OSError as error:
         # Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # `| head -1`
+        if isinstance(error, BrokenPipeError):  # `| head`
             return 0
         screen.line(f"cannot write the answer: {error}")
         return 1
@@ -2902,7 +2899,7 @@ def _show(events: Iterable[Event], screen: _Screen, as_json: bool) -> Completed:
         elif isinstance(event, (ReasoningDelta, RefusalDelta)) and event.text:
             screen.write(event.text, is_note=True)
         elif isinstance(event, Message):
-            if event.choice and event.content:  # after -o n=2, one below the other
+            if event.choice and event.content:  # after -o n=2
                 screen.end()
                 screen.write(f"\n{event.content}")
             for call in event.tool_calls:
@@ -2934,7 +2931,7 @@ def _serve_demo() -> str:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # type: ignore[method-assign] # it has left
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_address[1]}/v1"
 

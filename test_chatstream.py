@@ -1863,7 +1863,7 @@ WRONG_VALUES = {
     "event_timeout": [float("inf"), 10**400],
     "api_key": [KEY + "\n", KEY + "\u201d", "  ", f'"{KEY}"', f"'{KEY}'"],
     "headers": [{"X-Key": KEY + "\r\nX: y"}, {f"X\n{KEY}": "v"}, {f"Authorization: {KEY}": "x"},
-                {"X": "a\x7f"}, {"": "x"}],
+                {"X": "a\x7f"}, {"": "x"}, {"Content-Length": "5"}, {"transfer-encoding": "x"}],
     "base_url": [
         "", "127.0.0.1/v1", "ftp://x/v1", "http://", "http://x:99999/", "http://x:0/",
         "http://[::1/v1", "http://a b/v1", "http://x/v1#f", "http://x/\ud800", f"user:{KEY}@x/v1",
@@ -2213,10 +2213,11 @@ def test_a_forked_child_that_closes_a_call_leaves_its_parents_alone():
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_child_that_holds_the_descriptor_keeps_no_connection_open():
+@pytest.mark.parametrize("start", [UNFINISHED, head("200 OK", "Connection: close") + sse(CA)])
+def test_a_child_that_holds_the_descriptor_keeps_no_connection_open(start):
     """What is not kept is shut down before it is closed."""
     reader, writer = os.pipe()
-    with Server([UNFINISHED, HOLD]) as server:
+    with Server([start, HOLD]) as server:
         events = ask(server)
         next(events)
         child = os.fork()
@@ -2887,12 +2888,10 @@ def test_tls_strict_checks_get_a_hint(monkeypatch):
     [error("302 Moved", {}, f"Location: http://u:{KEY}@x/y?key={KEY}")],
     [error("302 Moved", {}, f"Location: http://us/er:{KEY}@x/y#{KEY}")],
     [reply(sse({"error": {"message": KEY, KEY: KEY, "code": KEY, "type": KEY}}))],
-    [reply(sse(f"{{bad {KEY}"))],
-    [reply(f"<html>{KEY}".encode())],
-    [reply(sse(CA) + KEY.encode())],
-    [reply(sse(CA, C(finish=KEY + "error")))],
-    [RESET],
-    [UNFINISHED, CLOSE],
+    [reply(sse(f"{{bad {KEY}"))], [reply(f"<html>{KEY}".encode())], [reply(sse(CA) + KEY.encode())],
+    [reply(sse(CA, C(finish=KEY + "error\x1b[31m")))],
+    [reply(sse(C(finish=KEY)), "200 OK", f"X-Request-Id: {KEY}")],
+    [RESET], [UNFINISHED, CLOSE],
     [f"Bearer {KEY}\r\n\r\n".encode(), CLOSE],
     [UNFINISHED + f"{KEY}\r\n".encode(), CLOSE],
     [head("200 OK", f"Transfer-Encoding: {KEY}"), CLOSE],
@@ -2906,7 +2905,7 @@ def test_no_secret_in_any_error_or_log(script, strict, caplog, sleeps):
         _, failure = collect(cs.aggregate(call))
     assert "\n" not in str(failure)
     for text in (everything_about(failure), logged(caplog)):
-        assert not re.search(f"{KEY}|token-in-url", text)
+        assert not re.search(f"{KEY}|token-in-url|\x1b", text)
 
 @pytest.mark.parametrize("options, said, shown", [
     ({"api_key": "sk/abc/defghij"}, '"sk\\/abc\\/defghij"', "***"),
@@ -2996,9 +2995,11 @@ def test_a_traceback_shows_no_key_and_is_short(function, script, changed, monkey
 
 def test_an_interrupt_while_the_request_is_sent_shows_no_key(monkeypatch):
     monkeypatch.setattr(http.client.HTTPConnection, "request", raiser(KeyboardInterrupt))
+    monkeypatch.setenv("HTTP_PROXY", "http://user:hidden@127.0.0.1:9")
     with pytest.raises(KeyboardInterrupt) as caught:
-        list(cs.stream("x", model="m", base_url=URL, api_key=KEY))
+        list(cs.stream("x", model="m", base_url=UPSTREAM, api_key=KEY))
     frames = list(frames_of(caught.value))
+    assert "Basic " not in str([frame.f_locals for frame in frames])
     assert "start" in [frame.f_code.co_name for frame in frames]
     check_frames(frames)
 

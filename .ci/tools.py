@@ -213,10 +213,12 @@ import vcr
 
 url = sys.stdin.readline().strip()
 def ask(mode):
-    with vcr.use_cassette("cassette.yaml", record_mode=mode) as cassette:
+    hidden = {"filter_headers": ["authorization"], "record_mode": mode}
+    with vcr.use_cassette("cassette.yaml", **hidden) as cassette:
+        options = {"base_url": url, "api_key": "sk-secret", "max_retries": 0}
         texts = [
             ev.text
-            for ev in chatstream.stream("hello", model="m", base_url=url, max_retries=0)
+            for ev in chatstream.stream("hello", model="m", **options)
             if isinstance(ev, chatstream.TextDelta)
         ]
     return texts, cassette.play_count
@@ -227,6 +229,7 @@ sys.stdin.readline()  # the server is gone
 replayed = ask("none")
 assert "".join(replayed[0]) == "".join(recorded[0]) == "answer to hello", replayed
 assert (recorded[1], replayed[1]) == (0, 1)
+assert "sk-secret" not in open("cassette.yaml").read()
 """
 
 
