@@ -1490,7 +1490,7 @@ def _exchange(
 
     def start() -> None:
         length = {"Content-Length": str(len(body))}
-        peer = proxy if is_absolute else url
+        peer: Any = proxy if is_absolute else url
         block = body[:_BLOCK_SIZE]
         # The headers hold keys: no frame of ours has a name for them.
         connection.request(
