@@ -1240,14 +1240,13 @@ def _read_answer(answer: _Answer, body: Iterable[bytes], clock: _Clock) -> _Even
     cut: Optional[ChatStreamError] = None
     try:
         for block in body:
-            said = answer.said
             for event in answer.feed(block):
                 if clock.is_pressing:
                     clock.check()
                 yield event
             if answer.done:
                 break
-            if answer.said != said:
+            if answer.has_said:
                 clock.start_event()
     except _Cut as reason:
         cut = reason.args[0]
@@ -1950,14 +1949,13 @@ class _Answer:
     """feed() it bytes, then end() it.
 
     asked: how many choices were asked for; 0: nobody knows. done: [DONE] has come.
-    started: it has given an event. said: how many chunks had a choice or usage. cut:
-    why its bytes ended too early."""
+    started: it has given an event. has_said: a chunk of the last block had a choice or
+    usage. cut: why its bytes ended too early."""
 
     def __init__(
         self, strict: bool, raw: bool, known: Completed, asked: int = 0, hide: Any = str
     ) -> None:
-        self.done = self.started = False
-        self.said = 0
+        self.done = self.started = self.has_said = False
         self.cut: Optional[ChatStreamError] = None
         self._strict = strict
         self._raw = raw
@@ -1970,14 +1968,12 @@ class _Answer:
         self._after_cr = False  # an LF belongs to the line end before it
         self._tail: list[bytes] = []  # pieces of the line that has not ended
         self._size = 0  # of all since a chunk said something
-        self._sized_at = 0  # `said`, then
         self._name = ""  # of the event
         self._pending: list[str] = []  # lines that are no JSON alone, or of an error
 
         self._unread = ""  # the start of what nobody could read since the last chunk
         self._skipped = ""  # the first text that was skipped
         self._match: Any = _match_nothing  # the shortcut: a line -> its event, or None
-        self._learned_at = 0  # `said`, when that was made
         self._wasted = 0  # matchers in a row, never used
 
     # Bytes -> lines
@@ -1988,7 +1984,7 @@ class _Answer:
             if line:
                 event = match(line)
                 if event is not None:
-                    self.said += 1
+                    self.has_said, self._wasted = True, 0
                     yield event
                     continue
                 events = self._read_line(line)
@@ -2005,10 +2001,10 @@ class _Answer:
 
     def _split(self, block: bytes) -> list[bytes]:
         """At LF, CR or CRLF (WHATWG SSE, 9.2.5); a large line costs linear time."""
+        self._size = len(block) + (0 if self.has_said else self._size)
+        self.has_said = False
         if not block:  # a read of framing alone: an LF may still belong to a CR
             return []
-        self._size = len(block) + (self._size if self.said == self._sized_at else 0)
-        self._sized_at = self.said
         if self._size > _MAX_EVENT:
             raise StreamError(f"expected an event of at most {_MAX_EVENT} bytes")
         if self._after_cr and block.startswith(b"\n"):
@@ -2017,8 +2013,11 @@ class _Answer:
         self._tail.append(block)
         if b"\n" not in block and b"\r" not in block:
             return []
-        lines = b"".join(self._tail).splitlines()
-        self._tail = [] if block.endswith((b"\n", b"\r")) else [lines.pop()]
+        block = b"".join(self._tail)
+        if b"\r" in block:
+            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = block.split(b"\n")  # faster than splitlines()
+        self._tail = [lines.pop()]
         return lines
 
     # Lines -> JSON
@@ -2113,13 +2112,10 @@ class _Answer:
             error = _find_error(value, bool(self._name))
             events = self._read_chunk(value, error is not None)
             if line and len(events) == 1 and not (self._raw or self._name):
-                if self.said > self._learned_at + 1:  # the last one was used
-                    self._wasted = 0
                 if self._wasted < _PATIENCE:
                     choice = self._choices[events[0].choice]
                     self._match = _make_matcher(line, value, events[0], choice)
                     self._wasted += 1
-                self._learned_at = self.said
             if self._raw:
                 yield Chunk(_copied(value))
             yield from events
@@ -2171,7 +2167,7 @@ class _Answer:
             # The last stands; many send zeros or null before or after.
             if done.usage is None or replace(usage, extra={}) != Usage():
                 done.usage = usage
-        self.said += bool(choices or usages)
+        self.has_said = self.has_said or bool(choices or usages)
         return events
 
     def _fail(self, text: str, raw: Any = None, part: Any = None) -> _Events:
@@ -2558,8 +2554,9 @@ def _make_matcher(
         try:
             text = inner.decode()
             if '"' in text or "\\" in text:
-                text = json.loads(f'"{text}"')
-                if text != _valid_unicode(text):
+                literal = f'"{text}"'
+                text, end = _parse_json_at(literal)
+                if end < len(literal) or text != _valid_unicode(text):
                     return None
         except ValueError:
             return None
@@ -2721,12 +2718,14 @@ def _aggregate(events: Any, deltas: bool) -> _Events:
                 if event.choice not in messages:
                     messages[event.choice] = _Assembly(event.choice)
                 messages[event.choice].add(event)
+                if not deltas:
+                    continue
             elif isinstance(event, Completed):
                 yield from finish(event.finish_reasons)
             elif not isinstance(event, (Chunk, Message)):
                 kind = f"{type(event).__module__}.{type(event).__qualname__}"
                 raise TypeError(f"events: expected those of {__name__}, got a {kind}")
-            if deltas or isinstance(event, (Completed, Message)):
+            if deltas or not isinstance(event, Chunk):
                 yield event
         yield from finish({})
     except ChatStreamError as error:

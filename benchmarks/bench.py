@@ -7,9 +7,8 @@ A server in a process of its own sends answers made beforehand, over loopback. E
 contender has a process, too. They take turns of a fraction of a second in random order,
 so that a slow moment of the machine strikes all. The figures are medians of the CPU
 time (user + system) of a turn. Those of two machines, or of two runs, do not compare;
-the ratios within one turn do, and a target is compared with their median. (Of cold
-starts with the ratio of the means: two of them have no moment in common, and they are
-spread evenly over a wide range.) The README here says what each scenario is.
+the ratios within one turn do, and a target is compared with their median. The README
+here says what each scenario is.
 """
 
 # ruff: noqa: F821  what a contender uses is imported in its own process
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import hashlib
 import http.server
 import importlib.metadata
 import inspect
@@ -38,6 +36,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
+from itertools import chain, islice
 from statistics import mean, median
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -119,15 +118,14 @@ def openai_stream(url):
 
     def ask():
         with client.chat.completions.stream(**REQUEST) as events:
-            for event in events:
-                if event.type == "chunk":
-                    yield event.chunk
+            yield from (event.chunk for event in events if event.type == "chunk")
 
     return ask
 
 
 def of_event(event):
-    return getattr(event, "text", "") or getattr(event, "arguments", "")
+    is_text = isinstance(event, chatstream.TextDelta)
+    return event.text if is_text else getattr(event, "arguments", "")
 
 
 def of_dict(chunk):
@@ -183,13 +181,10 @@ def deltas(scenario, count):
     return calls
 
 
-def digest(texts):
-    return hashlib.sha256("".join(texts).encode()).hexdigest()
-
-
 @cache
 def expected(scenario, count):
-    return digest(of_dict({"choices": [{"delta": d}]}) for d in deltas(scenario, count))
+    chunks = ({"choices": [{"delta": delta}]} for delta in deltas(scenario, count))
+    return "".join(map(of_dict, chunks))
 
 
 @cache
@@ -230,7 +225,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         _, scenario, count, *_ = self.path.split("/")
         for segment in bake(scenario, int(count)):
-            self.wfile.write(segment)
+            self.connection.sendall(segment)  # wfile.write() is slower than the clients
 
 
 def serve():
@@ -253,7 +248,7 @@ def load(name, url, requests, right):
     start = time.process_time()
     texts = [[*map(piece, ask())] for _ in range(requests)]
     cpu = (time.process_time() - start) / requests
-    if {*map(digest, texts)} != {right}:
+    if {*map("".join, texts)} != {right}:
         raise SystemExit(f"{name}, {url}: not what was sent")
     # Not ru_maxrss, which begins with that of the parent.
     status = pathlib.Path("/proc/self/status").read_text()
@@ -272,22 +267,38 @@ next(item for item in {name}("{url}")() if {piece.__name__}(item))\n"""
     return [float(subprocess.check_output([sys.executable, "-c", code]))]
 
 
+def lengths(url):
+    """-> CPU us per event of answers of each length, of which a piece each in turn, and
+    the most over the least of 1,000 events and more, beyond the first 20."""
+    asks = [connected("ours", f"{url}/single/{n}") for n in FLAT]
+    streams = [chain.from_iterable(iter(ask, None)) for ask in asks]
+    costs = [0.0] * len(FLAT)
+    for _ in range(PIECES):
+        for i, events in enumerate(streams):
+            start, size = time.process_time(), min(1_000, 20 * FLAT[i])
+            collections.deque(islice(events, size), 0)
+            costs[i] += (time.process_time() - start) / size / PIECES * 1e6
+    each = [(n * c - 20 * costs[0]) / (n - 20) for n, c in [*zip(FLAT, costs)][1:]]
+    return [*costs, max(each) / min(each)]
+
+
 def aggregation():
     """-> seconds per event that aggregate() adds."""
-    from chatstream import TextDelta, aggregate
+    import chatstream
 
     def cost(function):
-        events = [TextDelta(" word") for _ in range(200_000)]
+        events = [chatstream.TextDelta(" word") for _ in range(200_000)]
         start = time.process_time()
         collections.deque(function(iter(events)), 0)
         return (time.process_time() - start) / len(events)
 
-    return [cost(aggregate) - cost(iter)]
+    return [cost(chatstream.aggregate) - cost(iter)]
 
 
 EVENT = "µs per event"
 BIG = "an event of 8 MiB in HTTP chunks of 1 KiB, ms"
 ADDS = "`aggregate()` adds, µs per event"
+SPREAD = "most over least per event, of 1000 events and more"
 LOAD = (18, EVENT, (10_000, 1), (1_000, 1))
 #: scenario: (turns of a round, unit, events and requests of a turn, those of openai)
 SCENARIOS = {
@@ -298,9 +309,10 @@ SCENARIOS = {
     "memory": (0, "MiB"),  # a column only, from `single`
     "import": (18, "ms"),
     "cold": (500, "ms"),  # so many because starts are far from even
-    **dict.fromkeys(["big", "flat", "aggregate"], (18, "")),
+    **dict.fromkeys(["big", "aggregate"], (18, "")),
+    "flat": (1, ""),
 }
-FLAT = {20: 1_000, 1_000: 20, 10_000: 2, 100_000: 1, 400_000: 1}  # events: requests
+FLAT, PIECES = (20, 1_000, 10_000, 100_000, 400_000), 400  # of 1,000 events
 
 #: Runs functions in a process of its own.
 Child = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
@@ -309,7 +321,7 @@ samples = collections.defaultdict(lambda: collections.defaultdict(dict))
 
 
 def jobs(scenario, url):
-    """-> (row, in one turn of how many, unit of a second, function, *arguments)."""
+    """-> (rows, in one turn of how many, unit of a second, function, *arguments)."""
     turns, unit, *loads = SCENARIOS[scenario]
 
     def answers(name, scenario, count, requests):
@@ -317,25 +329,22 @@ def jobs(scenario, url):
         return load, name, f"{url}/{scenario}/{count}", requests, right
 
     if scenario == "aggregate":
-        yield ADDS, 1, 1e6, aggregation
+        yield [ADDS], 1, 1e6, aggregation
     elif scenario == "big":
-        yield BIG, 1, 1e3, *answers("ours", "big", 8 << 20, 1)
+        yield [BIG], 1, 1e3, *answers("ours", "big", 8 << 20, 1)
     elif scenario == "flat":
-        for count, requests in FLAT.items():
-            job = answers("ours", "single", count, requests)
-            yield f"{count} events, {EVENT}", 1, 1e6 / count, *job
+        yield [*(f"{n} events, {EVENT}" for n in FLAT), SPREAD], 1, 1, lengths, url
     for name in CONTENDERS if unit else ():
         is_openai = name.startswith("openai")
         if loads:
-            count, requests = loads[is_openai]
-            scale = 1e6 / count if unit == EVENT else 1e3
-            job = answers(name, scenario, count, requests)
-            yield name, 3 if is_openai else 1, scale, *job
+            scale = 1e6 / loads[is_openai][0] if unit == EVENT else 1e3
+            job = answers(name, scenario, *loads[is_openai])
+            yield [name], 3 if is_openai else 1, scale, *job
         else:
             # All starts of those that a target is about, 18 of the others, 1 of openai.
             every = 1 if name in ("ours", "naive") else turns // 18
             where = url + "/single/20" if scenario == "cold" else None
-            yield name, turns if is_openai else every, 1e3, start, name, where
+            yield [name], turns if is_openai else every, 1e3, start, name, where
 
 
 def run(scenario, url, number, turns):
@@ -343,12 +352,13 @@ def run(scenario, url, number, turns):
         each = [(stack.enter_context(Child()), *job) for job in jobs(scenario, url)]
         for i in range(turns):
             # In random order: none is always the one after the heaviest.
-            for child, row, every, scale, *job in random.sample(each, len(each)):
+            for child, rows, every, scale, *job in random.sample(each, len(each)):
                 if i % every == 0:
-                    cpu, *peak = child.submit(*job).result()
-                    samples[scenario][row][number, i] = cpu * scale
+                    results = child.submit(*job).result()
+                    for row, cpu in zip(rows, results):
+                        samples[scenario][row][number, i] = cpu * scale
                     if scenario == "single":
-                        samples["memory"][row][number, i] = peak[0]
+                        samples["memory"][rows[0]][number, i] = results[1]
 
 
 def figure(scenario, row, other=None):
@@ -358,13 +368,6 @@ def figure(scenario, row, other=None):
         # Of 1,000 starts its standard error is 0.7 %, that of the medians' 1.2 %.
         return mean(one.values()) / mean(two.values())
     return median(one[i] / two[i] if other else one[i] for i in one.keys() & two.keys())
-
-
-def spread():
-    """Most over least CPU per event, 1,000 events and more, beyond the first 20."""
-    first, *totals = (n * figure("flat", f"{n} events, {EVENT}") for n in FLAT)
-    each = [(total - first) / (n - 20) for total, n in zip(totals, [*FLAT][1:])]
-    return max(each) / min(each)
 
 
 #: what: (scenario, row, over which row, at most or at least, limit)
@@ -381,11 +384,11 @@ TARGETS = {
     "import, ms": ("import", "ours", None, "<=", 60),
     BIG: ("big", BIG, None, "<=", 300),
     ADDS: ("aggregate", ADDS, None, "<=", 0.5),
-    "flat, most / least per event": ("flat", None, None, "<=", 1.15),
+    SPREAD: ("flat", SPREAD, None, "<=", 1.15),
 }
 
 
-def show(as_markdown):
+def show():
     """Tables in Markdown, of all contenders and of chatstream alone. Then targets."""
     columns = [name for name in SCENARIOS if name in samples and SCENARIOS[name][1]]
     print("\n|", *(f"| {name}, {SCENARIOS[name][1]}" for name in columns), "|")
@@ -399,10 +402,10 @@ def show(as_markdown):
     for scenario in ("big", "flat", "aggregate"):
         for row in sorted(sorted(samples.get(scenario, ())), key=len):
             print(f"| {row} | {figure(scenario, row):.3g} |")
-    print("" if as_markdown else "\nTargets:")
+    print("\nTargets:")
     for what, (scenario, row, other, sign, limit) in TARGETS.items():
-        if scenario in samples and not as_markdown:
-            value = figure(scenario, row, other) if row else spread()
+        if scenario in samples:
+            value = figure(scenario, row, other)
             met = value <= limit if sign == "<=" else value >= limit
             print(f"{what:46}{value:8.3g} {sign} {limit:<6}{'pass' if met else 'MISS'}")
 
@@ -437,7 +440,6 @@ def main():
     parser.add_argument("--only", action="append", choices=names)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--plot", metavar="FILE.svg", help="draw `single`")
-    parser.add_argument("--markdown", action="store_true", help="no targets, to paste")
     args = parser.parse_args()
     py_compile.compile(HERE.parent / "chatstream.py")  # as pip does for the peers
     with Child() as server:
@@ -450,7 +452,7 @@ def main():
     packages = re.findall(r"^[\w-]+(?===)", required, re.MULTILINE)
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     print(f"Python {platform.python_version()}, {', '.join(versions)}.")
-    show(args.markdown)
+    show()
     if args.plot:
         plot(args.plot)
 
