@@ -1265,7 +1265,7 @@ def _receive(reply: _Reply) -> Iterator[bytes]:
 
 def _unframe(reply: _Reply) -> Iterator[bytes]:
     """RFC 9112, 6.3."""
-    blocks, headers = iter(reply.read, b""), reply.headers
+    blocks, headers = reply.read(), reply.headers
     is_empty = reply.status in (204, 304) or reply.status < 200
     codings = re.findall(r"[^\s,]+", headers.get("transfer-encoding", "").lower())
     length = "0" if is_empty else headers.get("content-length")
@@ -1410,9 +1410,9 @@ class _Reply:
         self.status: int = response.status
         self.headers = _take_headers(response.headers)
 
-    def read(self) -> bytes:
+    def read(self) -> Iterator[bytes]:
         try:
-            return bytes(self._read())
+            yield from iter(self._read, b"")
         except Exception as error:
             _pass_on(error)
             raise _cut(str(error) or type(error).__name__) from error

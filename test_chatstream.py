@@ -1285,8 +1285,10 @@ ENDLESS = {
 
 @pytest.mark.parametrize("what", ENDLESS)
 def test_endless_events_end_in_an_error(what, monkeypatch):
+    """And no long answer before them does."""
     monkeypatch.setattr(cs, "_MAX_EVENT", 1 << 17)
-    fails(answers([CHUNKED, pour(chunked(ENDLESS[what]))]), cs.StreamError, str(1 << 17))
+    script = [CHUNKED + chunked(sse(CA)) * 3000, pour(chunked(ENDLESS[what]))]
+    fails(answers(script), cs.StreamError, str(1 << 17), got=[A] * 3000)
 
 def test_one_large_event_in_small_reads():
     text = "x" * (8 << 20)
@@ -2616,10 +2618,8 @@ def test_pool_that_is_a_proxy_is_named():
 UPSTREAM = "http://upstream.test/v1"
 
 @pytest.mark.parametrize("name, value", [
-    ("HTTP_PROXY", "http://127.0.0.1:{}"),
-    ("http_proxy", "http://127.0.0.1:{}"),
-    ("all_proxy", "127.0.0.1:{}"),
-    ("HTTP_PROXY", "http://bob:p%40ss@127.0.0.1:{}"),
+    ("HTTP_PROXY", "http://127.0.0.1:{}"), ("http_proxy", "http://127.0.0.1:{}"),
+    ("all_proxy", "127.0.0.1:{}"), ("HTTP_PROXY", "http://bob:p%40ss@127.0.0.1:{}"),
     ("HTTP_PROXY", f"http://{os.fsdecode(bytes([0xE9]))}:hidden@127.0.0.1:{{}}"),
 ])
 def test_an_http_proxy_gets_an_absolute_request(name, value, monkeypatch):
