@@ -2003,7 +2003,7 @@ class _Answer:
         """At LF, CR or CRLF (WHATWG SSE, 9.2.5); a large line costs linear time."""
         self._size = len(block) + (0 if self.has_said else self._size)
         self.has_said = False
-        if not block:  # a read of framing alone: an LF may still belong to a CR
+        if not block:  # a read of framing: an LF may still belong to a CR
             return []
         if self._size > _MAX_EVENT:
             raise StreamError(f"expected an event of at most {_MAX_EVENT} bytes")
@@ -2220,7 +2220,8 @@ class _Answer:
                 shown = self._hide(str(reasons))
                 _log.warning("the answer is empty (finish_reasons %s)", shown)
             return
-        if cut is None and text[:1] not in ("", "{", "["):
+        is_rest = text[:1] in "{[" or text in "data event id retry"
+        if cut is None and not is_rest:
             yield from self._fail(text)  # a server's last words
         failure = next(filter(_is_failure, reasons.values()), "")
         why = f"with finish_reason {failure}" if failure else "without a finish_reason"

@@ -649,7 +649,7 @@ FRAMING = [
     ("no padding: an event that has no name of its own",
      sse(CA) + b"event: message\ndata: x\n\nevent:\ndata: y\n\n" + sse(STOP),
      [A, completed(skipped=2)]),
-    ("nothing at all", b"", [Completed()]),
+    ("nothing at all", b"", [Completed()]), ("half a name", sse(CA) + b"dat", [A, completed(None)]),
     ("comments only (llama-cpp-python)", b": a\n\n: b\n\n", [Completed()]),
     ("only padding", sse("null", ": x") + b"event: ping\ndata: x\n\n", [Completed()]),
 ]
