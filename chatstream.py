@@ -2034,7 +2034,7 @@ class _Answer:
             if is_error and not name:
                 self._pending.append(text)
         elif not at and name == "event":
-            yield from self._read_pending()
+            yield from self._end_event()
             self._name = value.strip().lower()
             self._name = "" if self._name == "message" else self._name
             self._match = _match_nothing
