@@ -1,7 +1,7 @@
 # chatstream 1.2.0: stream a chat completion from a Python script. One file, MIT.
 # Copy this file beside your code; its distribution is chatstream-py.
 # SPDX-License-Identifier: MIT
-# Copyright (c) 2026 the chatstream authors; the licence is at the end of this file.
+# Copyright (c) 2026 the chatstream authors; the licence is at the end.
 # pyright: standard
 """Stream a chat completion from any OpenAI-compatible server.
 
@@ -11,7 +11,7 @@
         if isinstance(ev, chatstream.TextDelta):
             print(ev.text, end="", flush=True)
 
-Start with help(chatstream.stream): it explains every option. The functions are
+help(chatstream.stream) explains every option. The functions are
 
     stream()     ask, and yield the events of the answer as they arrive
     complete()   ask, and return the whole answer as one Message
@@ -138,8 +138,8 @@ class ChatStreamError(Exception):
     _fields: ClassVar[dict[str, Any]] = {"partial": (), "request_id": ""}
 
     # A class below writes its fields with their defaults. They become attributes of
-    # each instance, not of the class: pickle, copy and Dask carry those over, and Ray's
-    # wrapper finds them in the original error.
+    # each instance: pickle, copy and Dask carry those over, and Ray's wrapper finds
+    # them in the original error.
     def __init_subclass__(cls) -> None:
         own = {n: vars(cls)[n] for n in cls.__annotations__ if n in vars(cls)}
         for name in own:
@@ -1032,7 +1032,7 @@ class _Clock:
         seconds, or another bound's error. An earlier timeout is a signal handler's."""
         started = time.monotonic()
         bound = self.bound(seconds)
-        if sock is not None and sock.gettimeout() != bound:  # to ask is no system call
+        if sock is not None and sock.gettimeout() != bound:
             sock.settimeout(bound)
         try:
             result = call(*args)
@@ -1397,13 +1397,14 @@ class _Reply:
         self._is_reusable = False
         self._sock = sock if self.has_file else None
         source = file if self.has_file else response
-        read1 = getattr(source, "read1", None) or response.read
-        wait: Any = partial(clock.wait, self._sock, clock.idle_timeout, clock.silence)
-        self._read = partial(wait, read1, _BLOCK_SIZE)
+        self._read1 = getattr(source, "read1", None) or response.read
+        # What came with the headers is in the file; the rest costs less here.
+        self._recv = getattr(self._sock, "recv", self._read1)
+        self._wait = partial(clock.wait, self._sock, clock.idle_timeout, clock.silence)
         try:
             clock.watch(sock)
             _keep_alive(sock)
-            wait(_read_head, response)
+            self._wait(_read_head, response)
         except BaseException:
             release(False)
             raise
@@ -1412,7 +1413,10 @@ class _Reply:
 
     def read(self) -> Iterator[bytes]:
         try:
-            yield from iter(self._read, b"")
+            read = self._read1
+            while block := self._wait(read, _BLOCK_SIZE):
+                yield block
+                read = self._recv
         except Exception as error:
             _pass_on(error)
             raise _cut(str(error) or type(error).__name__) from error
@@ -1424,7 +1428,7 @@ class _Reply:
         self._is_reusable = not (has_more or is_last or pending)
 
     def close(self) -> None:
-        if not self._is_reusable:  # shut down, then closed
+        if not self._is_reusable:
             self._release(False)
         self.response.close()
         if self._is_reusable:
@@ -1460,8 +1464,7 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
         key = (make, peer.origin, tunnel, options.get("context"))
         connection = _take_idle(key)
         if connection is not None:
-            # A dead one costs no try: any server closes after a while, and uvicorn
-            # after a 500.
+            # A dead one costs no try: any server closes after a while.
             try:
                 return _exchange(connection, key, request, proxy, clock)
             except OSError as error:
@@ -1532,7 +1535,7 @@ _idle: dict[Any, list[Any]] = {}
 
 def _take_idle(key: Any) -> Any:
     """Not one on which something came: an end or a stray 408 would be the reply."""
-    with suppress(LookupError):  # none is left
+    with suppress(LookupError):
         while True:
             connection = _idle[key].pop()
             try:
@@ -1642,7 +1645,7 @@ def _open_in_pool(request: _Request, clock: _Clock) -> _Reply:
             preload_content=False,
             decode_content=False,
         )
-        # urllib3's own read1() costs three times as much, and 1.26 has none.
+        # urllib3's own read1() costs thrice as much, and 1.26 has none.
         response = getattr(wrapper, "_original_response", None) or wrapper
         raw = getattr(getattr(response, "fp", None), "raw", None)
         return _Reply(response, getattr(raw, "_sock", None), clock, release, where)
@@ -1938,7 +1941,6 @@ def _word(value: Any) -> str:
 #: Bytes without a chunk that says something: a server gone wrong.
 _MAX_EVENT = 64 * 1024 * 1024
 
-#: No model makes as many.
 _MAX_CHOICES = _MAX_CALLS = 1024
 
 #: After so many shortcuts that were never taken no more are made.
@@ -2878,7 +2880,7 @@ def _read_prompt(words: list[str]) -> str:
         mode = os.fstat(sys.stdin.fileno()).st_mode
         if is_asked or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
             data = sys.stdin.buffer.read()
-    except (OSError, AttributeError) as error:  # the second one where it is closed
+    except (OSError, AttributeError) as error:  # the latter: closed
         if is_asked:
             raise ValueError(f"standard input cannot be read: {error}") from None
     is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
