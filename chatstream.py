@@ -2113,11 +2113,11 @@ class _Answer:
                 continue
             error = _find_error(value, bool(self._name))
             events = self._read_chunk(value, error is not None)
-            if line and len(events) == 1 and not (self._raw or self._name):
-                if self._wasted < _PATIENCE:
-                    choice = self._choices[events[0].choice]
-                    self._match = _make_matcher(line, value, events[0], choice)
-                    self._wasted += 1
+            is_one = line and len(events) == 1 and not (self._raw or self._name)
+            if is_one and self._wasted < _PATIENCE:
+                choice = self._choices[events[0].choice]
+                self._match = _make_matcher(line, value, events[0], choice)
+                self._wasted += 1
             if self._raw:
                 yield Chunk(_copied(value))
             yield from events
