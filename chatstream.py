@@ -1906,7 +1906,7 @@ _match_bare = re.compile(r'\s*(?:[{\[]\s*(?:["{}\[\]]|\Z)|\[DONE\])').match
 #: An error that is no JSON: transformers escapes no quotes in it.
 _match_error = re.compile(r'\s*\{\s*"error"\s*:').match
 
-#: Control characters may stand in a string as they are (GenieX, pi).
+#: Control characters may stand in a string as they are.
 _parse_json_at = json.JSONDecoder(strict=False).raw_decode
 
 
@@ -2036,7 +2036,8 @@ class _Answer:
             if is_error and not name:
                 self._pending.append(text)
         elif not at and name == "event":
-            yield from self._end_event()
+            if self._pending:
+                yield from self._end_event()
             self._name = value.strip().lower()
             self._name = "" if self._name == "message" else self._name
             self._match = _match_nothing
@@ -2880,7 +2881,7 @@ def _read_prompt(words: list[str]) -> str:
         mode = os.fstat(sys.stdin.fileno()).st_mode
         if is_asked or stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
             data = sys.stdin.buffer.read()
-    except (OSError, AttributeError) as error:  # the latter: closed
+    except (OSError, AttributeError) as error:
         if is_asked:
             raise ValueError(f"standard input cannot be read: {error}") from None
     is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))

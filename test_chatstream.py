@@ -975,7 +975,7 @@ ERROR_ROWS = [
      sse(CA, end="\n") + b"ERROR: boom\n", [A], *BOOM),
     ("a field error, over lines", b'error: {"code":500,\n"message":"boom"}\n\n', [], 500, None, "boom"),
     ("event: error (Groq)", sse(CA) + b'event: error\ndata: {"error":{"message":"boom"}}\n\n', [A], *BOOM),
-    ("event: error in any case, with text", b"event: ERROR\ndata: boom\n\n", [], *BOOM),
+    ("event: error in any case, with text", b"event: x\nevent: error\nevent: ERROR\ndata: boom\n\n", [], *BOOM),
     ("event: error, text over lines", b"event: error\ndata: bo om\ndata: x\n\n", [], None, None, "bo om x"),
     ("event: error without data:", sse(CA) + b'event: error\n{"message":"boom"}\n\n' + sse(DONE), [A], *BOOM),
     ("event: error with a chunk like those before", sse(CA) + b"event: error\n" + sse(CB),
