@@ -1043,8 +1043,7 @@ class _Clock:
                 self.check_event()
                 raise late() from None
             raise
-        if self._cancelled:
-            self.check_cancel()
+        self.check_cancel()
         return result
 
     def has_time_for(self, seconds: float) -> bool:
@@ -1117,7 +1116,7 @@ def _run(request: _Request, clock: _Clock) -> _Events:
         clock.sleep(delay)
 
 
-#: The most telling first.
+#: Most telling first.
 _REQUEST_IDS = ["x-request-id", "apim-request-id", "x-ms-request-id"]
 _REQUEST_IDS += ["x-generation-id", "x-litellm-call-id", "cf-ray"]
 
@@ -1402,8 +1401,6 @@ class _Reply:
         self._recv = getattr(self._sock, "recv", self._read1)
         self._wait = partial(clock.wait, self._sock, clock.idle_timeout, clock.silence)
         try:
-            clock.watch(sock)
-            _keep_alive(sock)
             self._wait(_read_head, response)
         except BaseException:
             release(False)
@@ -1450,7 +1447,7 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
 
     url, proxy = request.url, _find_proxy(request.url, request.secrets)
     peer = proxy or url
-    # Looked up now, because vcrpy, OpenTelemetry and others put their own there.
+    # Looked up now, because vcrpy and others put their own there.
     make: Any = http.client.HTTPConnection
     options: dict[str, Any] = {"timeout": clock.bound(request.connect_timeout)}
     tunnel = url.origin if proxy and url.scheme == "https" else ""
@@ -1601,12 +1598,12 @@ def _transport_failure(cause: BaseException, where: str) -> ChatStreamError:
     text = str(cause) or kind
     if kind in ("BadStatusLine", "UnknownProtocol"):
         text = f"expected a reply in HTTP/1.1, got {text!a}"
-    is_untrusted = kind == "SSLCertVerificationError"
-    final = ("SSLError", "FileNotFoundError", "PermissionError")
-    is_final = kind in final or is_untrusted or "Tunnel connection failed: 4" in text
+    untrusted = "SSLCertVerificationError"
+    final = (untrusted, "SSLError", "FileNotFoundError", "PermissionError")
+    is_final = kind in final or "Tunnel connection failed: 4" in text
     if re.search("Key Identifier|not marked critical", text):
         text += "; does a pool= whose ssl_context has no VERIFY_X509_STRICT work?"
-    elif is_untrusted:
+    elif kind == untrusted:
         text += "; SSL_CERT_FILE=ca.pem makes a private authority trusted"
     elif re.search("WRONG_VERSION_NUMBER|HTTP_REQUEST|RECORD_LAYER", text):
         text += "; the server does not speak TLS here: is it http://?"
@@ -1648,7 +1645,10 @@ def _open_in_pool(request: _Request, clock: _Clock) -> _Reply:
         # urllib3's own read1() costs thrice as much, and 1.26 has none.
         response = getattr(wrapper, "_original_response", None) or wrapper
         raw = getattr(getattr(response, "fp", None), "raw", None)
-        return _Reply(response, getattr(raw, "_sock", None), clock, release, where)
+        sock = getattr(raw, "_sock", None)
+        clock.watch(sock)
+        _keep_alive(sock)
+        return _Reply(response, sock, clock, release, where)
     except (*sockets, urllib3.exceptions.HTTPError) as error:
         if isinstance(error, ChatStreamError):
             raise
@@ -2046,6 +2046,7 @@ class _Answer:
             if value.strip() not in ("", "null", '""', "{}", "[]"):
                 self._name = "error"
                 self._pending.append(value)
+                self._match = _match_nothing
         elif at or self._pending or is_error or _match_bare(text):
             yield from self._read_data(text, line)
         else:
@@ -2223,7 +2224,7 @@ class _Answer:
                 shown = self._hide(str(reasons))
                 _log.warning("the answer is empty (finish_reasons %s)", shown)
             return
-        is_rest = text[:1] in "{[" or text in "data event id retry"
+        is_rest = text[:1] in "{[" or f" {text}" in " data event id retry"
         if cut is None and not is_rest:
             yield from self._fail(text)  # a server's last words
         failure = next(filter(_is_failure, reasons.values()), "")

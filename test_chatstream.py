@@ -969,8 +969,8 @@ ERROR_ROWS = [
     ("a code that is a str, a message that is an object (Mistral)",
      [{"error": {"message": {"detail": "boom"}, "code": "x9"}}], [], "x9", None, "boom"),
     ("a code of 0", [{"error": "boom", "code": 0}], [], 0, None, "boom"),
-    ("a field error (llama.cpp)", sse(CA) + b'error: {"code":500,"message":"boom"}\n\n',
-     [A], 500, None, "boom"),
+    ("error: (llama.cpp)", sse(CA) + b'error: {"code":500,"message":"boom"}\n\n', [A], 500, None, "boom"),
+    ("error: no end", sse(CA, CA) + b"error: x\n" + sse(CA), [A, A], None, None, f"x {J_A}"),
     ("a field error, in any case, without a blank line before",
      sse(CA, end="\n") + b"ERROR: boom\n", [A], *BOOM),
     ("a field error, over lines", b'error: {"code":500,\n"message":"boom"}\n\n', [], 500, None, "boom"),
@@ -1011,8 +1011,8 @@ ERROR_ROWS = [
      [A], None, None, '{"error": "no "x" here"}'),
     ("cut in its text (LocalAI)", sse(CA) + b'data: {"error": {boom', [A], None, None, '{"error": {boom'),
     ("a half before an error", [C("\ud83d"), {"error": "boom"}], [T("\ufffd")], *BOOM),
-    ("the last words (llama.cpp's router)", sse(CA) + b"proxy error: boom",
-     [A], None, None, "proxy error: boom"),
+    ("last words (llama.cpp)", sse(CA) + b"proxy error: boom", [A], None, None, "proxy error: boom"),
+    ("last words that are in a field's name", sse(CA) + b"at", [A], None, None, "at"),
     ("the last words in data:, before [DONE]", [CA, "boom", DONE], [A], *BOOM),
 ]
 
