@@ -1,7 +1,6 @@
 # chatstream 1.2.0: stream a chat completion from a Python script. One file, MIT.
 # Copy this file beside your code; its distribution is chatstream-py.
 # SPDX-License-Identifier: MIT
-# Copyright (c) 2026 the chatstream authors; the licence is at the end.
 # pyright: standard
 """Stream a chat completion from any OpenAI-compatible server.
 
@@ -57,25 +56,21 @@ import copy
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
-import socket
 import sys
-import threading
 import time
 import types
 import weakref
-import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, Callable, ClassVar, Optional, Union
+from typing import Any, Optional, Union
 
-# http.client, ssl, urllib and others are imported where they are needed first: to import
-# them is most of the start-up time.
+# http.client, logging, ssl and others are imported where they are needed: that is most
+# of the start-up time.
 
 __version__ = "1.2.0"
 
@@ -91,9 +86,6 @@ __all__ = [
     "__version__",
 ]
 # fmt: on
-
-_log = logging.getLogger("chatstream")
-
 
 # ---
 # How it works
@@ -135,11 +127,10 @@ class ChatStreamError(Exception):
 
     partial: tuple[Message, ...]
     request_id: str
-    _fields: ClassVar[dict[str, Any]] = {"partial": (), "request_id": ""}
+    _fields: dict[str, Any] = {"partial": (), "request_id": ""}
 
     # A class below writes its fields with their defaults. They become attributes of
-    # each instance: pickle, copy and Dask carry those over, and Ray's wrapper finds
-    # them in the original error.
+    # each instance, which pickle, copy, Dask and Ray carry over.
     def __init_subclass__(cls) -> None:
         own = {n: vars(cls)[n] for n in cls.__annotations__ if n in vars(cls)}
         for name in own:
@@ -824,7 +815,7 @@ def _parse_url(source: str, base_url: str) -> _URL:
     return _URL(url.scheme, host, port, target)
 
 
-#: Names of other clients, which no server knows -> what they are here.
+#: Names of other clients -> what they are here.
 _THEIR_NAMES = {
     "system system_prompt": "instructions=",
     "prompt": "messages",
@@ -960,7 +951,17 @@ def _dump(value: Any, **options: Any) -> str:
 
 def _is_timeout(error: BaseException) -> bool:
     """Not ETIMEDOUT, which has an errno: that is a failed connection."""
+    import socket
+
     return isinstance(error, (socket.timeout, TimeoutError)) and error.errno is None
+
+
+def _shut_down(sock: Any) -> None:
+    """SSLSocket's own would take the TLS object away under a reader."""
+    with suppress(ImportError, OSError, TypeError):  # the first while Python ends
+        import socket
+
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class _Clock:
@@ -968,6 +969,8 @@ class _Clock:
     other threads and signal handlers. is_pressing: check() may raise."""
 
     def __init__(self, request: Optional[_Request] = None) -> None:
+        import threading
+
         self.idle_timeout = getattr(request, "idle_timeout", None)
         self.event_timeout = getattr(request, "event_timeout", None)
         self._deadline: Any = getattr(request, "deadline", None)
@@ -1062,9 +1065,7 @@ class _Clock:
             self._cancelled = self.is_pressing = True
             with suppress(RuntimeError):
                 self._sleeping.release()
-            # SSLSocket's own would take the TLS object away under the reader.
-            with suppress(OSError, TypeError):
-                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+            _shut_down(self._sock)
 
 
 # ---
@@ -1100,7 +1101,7 @@ def _run(request: _Request, clock: _Clock) -> _Events:
             raise
         if hasattr(error, "attempts"):
             error.attempts = attempt
-        # Random, so that not all come back at once; never sooner than a server asked.
+        # Random, so that not all come at once; never sooner than a server asked.
         if wait is None:
             delay = min(backoff * random.uniform(0.9, 1.1), _LONGEST_BACKOFF)
             backoff *= 2
@@ -1112,7 +1113,7 @@ def _run(request: _Request, clock: _Clock) -> _Events:
                 error.args = (f"{error} ({attempt} attempts)",)
             raise error
         tries = f"try {attempt + 1} of {request.max_retries + 1}"
-        _log.warning("%s; %s in %.2f s", error, tries, delay)
+        _logger().warning("%s; %s in %.2f s", error, tries, delay)
         clock.sleep(delay)
 
 
@@ -1121,12 +1122,18 @@ _REQUEST_IDS = ["x-request-id", "apim-request-id", "x-ms-request-id"]
 _REQUEST_IDS += ["x-generation-id", "x-litellm-call-id", "cf-ray"]
 
 
+def _logger() -> Any:
+    import logging
+
+    return logging.getLogger("chatstream")
+
+
 def _attempt(request: _Request, clock: _Clock) -> _Events:
     clock.start_try()
-    hide = request.secrets.hide
-    if _log.isEnabledFor(logging.DEBUG):
+    hide, log = request.secrets.hide, _logger()
+    if log.isEnabledFor(10):  # DEBUG
         shown = hide(request.content.decode())[:2000]
-        _log.debug("POST %s %s", request.url.shown, shown)
+        log.debug("POST %s %s", request.url.shown, shown)
     started = time.monotonic()
     request_id, reply = "", None
     try:
@@ -1134,11 +1141,11 @@ def _attempt(request: _Request, clock: _Clock) -> _Events:
         clock.start_event()
         request_id = next(filter(None, map(reply.headers.get, _REQUEST_IDS)), "")
         facts = (reply.status, time.monotonic() - started, hide(request_id))
-        _log.debug("%d in %.3f s, request id %r", *facts)
+        log.debug("%d in %.3f s, request id %r", *facts)
         if not 200 <= reply.status < 300:
             raise _status_failure(request, reply, clock)
         yield from _read_reply(request, reply, clock, request_id)
-        _log.debug("done in %.3f s", time.monotonic() - started)
+        log.debug("done in %.3f s", time.monotonic() - started)
     except ChatStreamError as failure:
         error = failure.error if isinstance(failure, _Retryable) else failure
         error.request_id = error.request_id or request_id
@@ -1204,7 +1211,7 @@ def _retry_after(headers: Mapping[str, str], text: str) -> Optional[float]:
     delay = found[1] if found else ""
     milliseconds, seconds = [headers.get(f"retry-after{n}", "") for n in ("-ms", "")]
     for value, unit in ((milliseconds, 0.001), (seconds, 1), (delay, 1)):
-        # Of nonsense in parsedate(), the last one on 3.9
+        # parsedate()'s of nonsense, the last on 3.9
         with suppress(TypeError, ValueError, OverflowError, IndexError):
             if value[:1].isalpha():
                 wait = calendar.timegm(parsedate(value) or ()) - time.time()
@@ -1356,6 +1363,8 @@ def _unpack(blocks: Iterable[bytes], clock: _Clock) -> Iterator[bytes]:
         yield start
         yield from blocks
         return
+    import zlib
+
     inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
     for block in itertools.chain([start], blocks):
         for at in range(0, len(block), 1024):  # of which come at most some MiB
@@ -1447,7 +1456,7 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
 
     url, proxy = request.url, _find_proxy(request.url, request.secrets)
     peer = proxy or url
-    # Looked up now, because vcrpy and others put their own there.
+    # Looked up now: vcrpy and others put their own there.
     make: Any = http.client.HTTPConnection
     options: dict[str, Any] = {"timeout": clock.bound(request.connect_timeout)}
     tunnel = url.origin if proxy and url.scheme == "https" else ""
@@ -1510,7 +1519,7 @@ def _exchange(
         clock.watch(sock)
         _keep_alive(sock)
         send = partial(clock.wait, sock, bound, partial(_stalled, where))
-        # A server may refuse a large request before it has all of it.
+        # A server may refuse a large request before its end.
         with suppress(BrokenPipeError, ConnectionResetError):
             for at in range(_BLOCK_SIZE, len(body), _BLOCK_SIZE):
                 send(connection.send, body[at : at + _BLOCK_SIZE])
@@ -1532,6 +1541,8 @@ _idle: dict[Any, list[Any]] = {}
 
 def _take_idle(key: Any) -> Any:
     """Not one on which something came: an end or a stray 408 would be the reply."""
+    import socket
+
     with suppress(LookupError):
         while True:
             connection = _idle[key].pop()
@@ -1548,8 +1559,7 @@ def _take_idle(key: Any) -> Any:
 
 def _close(connection: Any, sock: Any) -> None:
     """Shut down first: a forked child may hold the descriptor, too."""
-    with suppress(OSError, TypeError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    _shut_down(sock)
     connection.close()
 
 
@@ -1566,6 +1576,8 @@ if hasattr(os, "register_at_fork"):  # a forked child must not write to our conn
 
 def _keep_alive(sock: Any) -> None:
     """So that no NAT or firewall forgets a connection on which a model thinks."""
+    import socket
+
     with suppress(OSError, AttributeError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
@@ -1598,12 +1610,11 @@ def _transport_failure(cause: BaseException, where: str) -> ChatStreamError:
     text = str(cause) or kind
     if kind in ("BadStatusLine", "UnknownProtocol"):
         text = f"expected a reply in HTTP/1.1, got {text!a}"
-    untrusted = "SSLCertVerificationError"
-    final = (untrusted, "SSLError", "FileNotFoundError", "PermissionError")
-    is_final = kind in final or "Tunnel connection failed: 4" in text
+    final = "SSLCertVerificationError SSLError FileNotFoundError PermissionError"
+    is_final = kind in final.split() or "Tunnel connection failed: 4" in text
     if re.search("Key Identifier|not marked critical", text):
         text += "; does a pool= whose ssl_context has no VERIFY_X509_STRICT work?"
-    elif kind == untrusted:
+    elif kind == "SSLCertVerificationError":
         text += "; SSL_CERT_FILE=ca.pem makes a private authority trusted"
     elif re.search("WRONG_VERSION_NUMBER|HTTP_REQUEST|RECORD_LAYER", text):
         text += "; the server does not speak TLS here: is it http://?"
@@ -1733,7 +1744,7 @@ def _tls_context(kind: Any, cert_file: Optional[str]) -> Any:
         context = ssl.create_default_context()
     except (OSError, ValueError) as error:
         # Windows' store has a bad certificate; SSLKEYLOGFILE cannot be written.
-        _log.warning("ssl.create_default_context() failed: %s", error)
+        _logger().warning("ssl.create_default_context() failed: %s", error)
         context = kind(ssl.PROTOCOL_TLS_CLIENT)
         context.set_default_verify_paths()
     context.set_alpn_protocols(["http/1.1"])
@@ -1803,15 +1814,15 @@ def _status_failure(request: _Request, reply: _Reply, clock: _Clock) -> ChatStre
     return _Retryable(error=error, wait=wait) if again else error
 
 
-#: Where the sentence is, the most believed first, in lower case without _. OpenRouter
-#: has it in metadata.raw.
+#: Where the sentence is, the most believed first, in lower case without _;
+#: OpenRouter's is metadata.raw.
 _SENTENCES = "metadata raw errordescription error message detail details errors msg"
 _SENTENCES += " errormsg errormessage baseresp statusmsg text title description reason"
 
 _CODES, _KINDS = ("code", "error_code", "status_code"), ("type", "error_type")
 
 
-def _error_facts(value: Any, hide: Callable[[str], str]) -> dict[str, Any]:
+def _error_facts(value: Any, hide: Any) -> dict[str, Any]:
     body = _first_dict(value)
     parts = (_first_dict(body.get(name)) for name in ("error", "base_resp", "errors"))
     known = {**body, **next(filter(None, parts), {})}
@@ -2201,7 +2212,7 @@ class _Answer:
         done = self._completed
         if self._skipped:
             text = "skipped data that is no JSON object, %d time(s), first: %s"
-            _log.warning(text, done.skipped, self._skipped)
+            _logger().warning(text, done.skipped, self._skipped)
         reasons = {c.index: c.reason for c in self._choices.values() if c.reason}
         yield from self._check_end(reasons)
         done.finish_reason, done.finish_reasons = reasons.get(0), reasons
@@ -2217,12 +2228,12 @@ class _Answer:
             what = "the answer is no chat completion: expected chunks with choices"
             raise StreamError(f"{what}, got {text!r} ({shown})")
         finished = [c.is_finished(self.done, cut is not None) for c in choices]
-        least = self._asked if cut else 0  # one that was asked for may not have begun
-        is_finished = all(finished) and len(finished) >= (least or 1)
+        least = (cut and self._asked) or 1  # one that was asked for may not have begun
+        is_finished = all(finished) and len(finished) >= least
         if cut is None and is_finished:
             if all(choice.is_empty for choice in choices):
                 shown = self._hide(str(reasons))
-                _log.warning("the answer is empty (finish_reasons %s)", shown)
+                _logger().warning("the answer is empty (finish_reasons %s)", shown)
             return
         is_rest = text[:1] in "{[" or f" {text}" in " data event id retry"
         if cut is None and not is_rest:
@@ -2233,7 +2244,7 @@ class _Answer:
         fault = cut or TruncatedStreamError(f"the stream ended {why}")
         if self._strict or (cut is not None and not is_finished):
             raise fault
-        _log.warning("%s", _one_line(self._hide(str(fault)), _MAX_TEXT))
+        _logger().warning("%s", _one_line(self._hide(str(fault)), _MAX_TEXT))
 
 
 #: Counts of other names (mlx-vlm, DeepSeek), and where OpenAI has the last two of ours.
@@ -2462,8 +2473,7 @@ class _Part:
 
 class _Call:
     def __init__(self, position: int, choice: int) -> None:
-        self.id = ""
-        self.name = ""
+        self.id = self.name = ""
         self.has_arguments = False
         self._only_piece = ""  # of the arguments
         self._position = position
@@ -2652,7 +2662,7 @@ class _Assembly:
 
     def _finish_calls(self) -> Iterator[ToolCall]:
         ids, seen = {""}, set()
-        for index, call in sorted(self._calls.items(), key=lambda item: item[0]):
+        for index, call in sorted(self._calls.items()):
             pieces = [piece for piece in self._arguments[index] if piece]
             is_text = call.type == "custom"  # and then it is no JSON to be put right
             text = "".join(pieces) if is_text else _join_arguments(pieces)
@@ -2785,12 +2795,11 @@ def _parse_args(argv: Optional[list[str]]) -> Any:
     return args
 
 
-class _Screen(logging.Handler):
+class _Screen:
     """Text goes to stdout, all else and warnings to stderr. Both may be one terminal, so
     a line of one is ended before the other writes, on stderr."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
         self._is_open = False  # stdout's line
         self._has_note = False  # stderr's line is open
 
@@ -2804,8 +2813,10 @@ class _Screen(logging.Handler):
     def line(self, text: str, start: str = "chatstream: ") -> None:
         self.write("\n" * self._has_note + f"{start}{text}\n", is_note=True)
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: Any) -> bool:
+        """As a filter of the logger: what is shown here is shown nowhere else."""
         self.line(record.getMessage())
+        return False
 
     def end(self) -> None:
         if self._is_open or self._has_note:
@@ -2819,7 +2830,7 @@ def _main(argv: Optional[list[str]] = None) -> int:
             encoding = output.encoding if output.isatty() else "utf-8"
             output.reconfigure(encoding=encoding, errors="replace")
     screen = _Screen()
-    _log.addHandler(screen)
+    _logger().addFilter(screen)
     try:
         return _answer_prompt(_parse_args(argv), screen)
     except KeyboardInterrupt:
@@ -2834,7 +2845,7 @@ def _main(argv: Optional[list[str]] = None) -> int:
         screen.line(f"cannot write the answer: {error}")
         return 1
     finally:
-        _log.removeHandler(screen)
+        _logger().removeFilter(screen)
 
 
 def _answer_prompt(args: Any, screen: _Screen) -> int:
@@ -2914,6 +2925,7 @@ def _show(events: Iterable[Event], screen: _Screen, as_json: bool) -> Completed:
 
 def _serve_demo() -> str:
     """A chat-completions server on loopback. -> its base URL."""
+    import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):

@@ -2235,8 +2235,10 @@ def test_a_child_that_holds_the_descriptor_keeps_no_connection_open(start):
 
 @needs_fork
 def test_no_connection_is_open_at_exit():
-    code = "import sys, chatstream; list(chatstream.stream('x', model='m', base_url=sys.argv[1]))"
-    with Server([reply(PLAIN)]) as server:
+    code = "import sys, chatstream as c; url = sys.argv[1]; cycle = []; cycle.append(cycle)"
+    code += "; a, b = cycle[1:] = [c.stream('x', model='m', base_url=url) for _ in 'ab']"
+    code += "; list(a); next(b)"  # in a cycle: closed after all modules are gone
+    with Server([reply(PLAIN)] * 2) as server:
         run = [sys.executable, "-W", "error", "-c", code, server.url]
         done = subprocess.run(run, cwd=HERE, capture_output=True, timeout=PATIENCE * 2)
         assert (done.returncode, done.stderr) == (0, b"")
@@ -3251,7 +3253,7 @@ def test_stream_and_complete_have_the_same_typed_options():
     assert inspect.signature(cs.complete).return_annotation == "Message"
 
 def test_what_is_imported_on_first_use_only():
-    code = "import sys, chatstream; sys.exit(bool({'urllib3', 'ssl', 'http.client'} & set(sys.modules)))"
+    code = "import sys, chatstream; sys.exit(bool({'logging', 'socket', 'ssl', 'urllib3', 'http.client'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
 def test_type_hints_can_be_looked_up():
