@@ -977,6 +977,7 @@ class _Clock:
         self._url = request.url.shown if request else ""
         self._call_ends = self._ends = math.inf  # _ends: of the call, or of the event
         self._phase = ""
+        self._waits_since = 0.0
         self._lock = threading.RLock()  # a signal handler may cancel() at any moment
         self._sleeping = threading.Lock()
         self._sleeping.acquire()
@@ -1023,7 +1024,8 @@ class _Clock:
 
     def bound(self, seconds: Optional[float]) -> Optional[float]:
         """-> the least of a wait's seconds, the event's and the call's; None: none."""
-        left = self._ends - time.monotonic()
+        self._waits_since = time.monotonic()
+        left = self._ends - self._waits_since
         if left <= 0 or self._cancelled:
             self.check_event()
         if seconds is not None and seconds < left:
@@ -1033,7 +1035,6 @@ class _Clock:
     def wait(self, sock: Any, seconds: Any, late: Any, call: Any, *args: Any) -> Any:
         """`call(*args)`, which waits on the socket. Raises late() after so many
         seconds, or another bound's error. An earlier timeout is a signal handler's."""
-        started = time.monotonic()
         bound = self.bound(seconds)
         if sock is not None and sock.gettimeout() != bound:
             sock.settimeout(bound)
@@ -1041,12 +1042,13 @@ class _Clock:
             result = call(*args)
         except OSError as error:
             self.check_cancel()
-            took = time.monotonic() - started
+            took = time.monotonic() - self._waits_since
             if bound is not None and took >= bound - 0.01 and _is_timeout(error):
                 self.check_event()
                 raise late() from None
             raise
-        self.check_cancel()
+        if self._cancelled:
+            self.check_cancel()
         return result
 
     def has_time_for(self, seconds: float) -> bool:
@@ -2020,16 +2022,15 @@ class _Answer:
             return []
         if self._size > _MAX_EVENT:
             raise StreamError(f"expected an event of at most {_MAX_EVENT} bytes")
-        if self._after_cr and block.startswith(b"\n"):
-            block = block[1:]
-        self._after_cr = block.endswith(b"\r")
-        self._tail.append(block)
-        if b"\n" not in block and b"\r" not in block:
-            return []
-        block = b"".join(self._tail)
-        if b"\r" in block:
+        if self._after_cr or b"\r" in block:
+            if self._after_cr and block.startswith(b"\n"):
+                block = block[1:]
+            self._after_cr = block.endswith(b"\r")
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        lines = block.split(b"\n")  # faster than splitlines()
+        self._tail.append(block)
+        if b"\n" not in block:
+            return []
+        lines = b"".join(self._tail).split(b"\n")  # faster than splitlines()
         self._tail = [lines.pop()]
         return lines
 
