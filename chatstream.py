@@ -2022,15 +2022,15 @@ class _Answer:
             return []
         if self._size > _MAX_EVENT:
             raise StreamError(f"expected an event of at most {_MAX_EVENT} bytes")
-        if self._after_cr or b"\r" in block:
+        if self._after_cr or 13 in block:  # CR; ints are found faster
             if self._after_cr and block.startswith(b"\n"):
                 block = block[1:]
             self._after_cr = block.endswith(b"\r")
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         self._tail.append(block)
-        if b"\n" not in block:
+        if 10 not in block:  # LF
             return []
-        lines = b"".join(self._tail).split(b"\n")  # faster than splitlines()
+        lines = b"".join(self._tail).split(b"\n")
         self._tail = [lines.pop()]
         return lines
 
