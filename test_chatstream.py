@@ -1534,9 +1534,7 @@ def test_each_event_is_handed_over_when_it_arrives(start, piece):
         events.close()
 
 @pytest.mark.parametrize("more", [
-    HOLD,
-    pour(chunked(b": more\n\n"), pause=0.005),
-    pour(b"0\r\nx: y\r\n", pause=0.005),
+    HOLD, pour(chunked(b": more\n\n"), pause=0.005), pour(b"0\r\nx: y\r\n", pause=0.005),
 ], ids=["nothing", "comments", "trailers"])
 def test_what_comes_after_done_does_not_hold_the_call(more):
     unended = sse(CA, CB, STOP, '{"cut', DONE, end="\n")  # behind a cut chunk, no blank line
@@ -2235,9 +2233,8 @@ def test_a_child_that_holds_the_descriptor_keeps_no_connection_open(start):
 
 @needs_fork
 def test_no_connection_is_open_at_exit():
-    code = "import sys, chatstream as c; url = sys.argv[1]; cycle = []; cycle.append(cycle)"
-    code += "; a, b = cycle[1:] = [c.stream('x', model='m', base_url=url) for _ in 'ab']"
-    code += "; list(a); next(b)"  # in a cycle: closed after all modules are gone
+    code = "import sys, chatstream as c; x = [c.stream('x', model='m', base_url=sys.argv[1])"
+    code += " for _ in 'ab']; list(x[0]); next(x[1]); x.append(x)"  # outlives the modules
     with Server([reply(PLAIN)] * 2) as server:
         run = [sys.executable, "-W", "error", "-c", code, server.url]
         done = subprocess.run(run, cwd=HERE, capture_output=True, timeout=PATIENCE * 2)
@@ -2304,6 +2301,7 @@ FRAMES = [
     ("zeros and capitals", TE, b"0002F\r\n" + ONE + b"\r\n000\r\n\r\n", KEPT),
     ("blanks and extensions", TE, b" 2f ;x=y;z\r\n" + ONE + b"\r\n0;q\r\n\r\n", KEPT),
     ("size lines in LF", TE, b"2f\n" + ONE + b"\r\n0\n\n", KEPT),
+    ("CR | LF", TE, chunked(*ONE.replace(b"[", b"[\r\ndata:").partition(b"\r")) + LAST, KEPT),
     ("trailers", TE, chunked(ONE) + b"0\r\nX: y\r\nZ: w\r\n\r\n", KEPT),
     ("sizes inside a chunk", TE, chunked(b"0\r\n\r\n" + ONE) + LAST, KEPT),
     ("a second reply behind", TE, chunked(ONE) + LAST + b"HTTP/1.1", UNKEPT),
