@@ -1086,7 +1086,6 @@ class _Retryable(ChatStreamError):
 
 
 def _run(request: _Request, clock: _Clock) -> _Events:
-    """The retry loop around _attempt()."""
     import random
 
     backoff = _FIRST_BACKOFF
@@ -1119,7 +1118,6 @@ def _run(request: _Request, clock: _Clock) -> _Events:
         clock.sleep(delay)
 
 
-#: Most telling first.
 _REQUEST_IDS = ["x-request-id", "apim-request-id", "x-ms-request-id"]
 _REQUEST_IDS += ["x-generation-id", "x-litellm-call-id", "cf-ray"]
 
@@ -1306,10 +1304,12 @@ _MAX_FRAMING = 16 * 1024
 
 
 def _dechunk(blocks: Iterable[bytes]) -> Generator[bytes, None, bool]:
-    """RFC 9112, 7.1: a line or a chunk a turn. Returns whether more is behind it all."""
-    expected = "size"  # of a chunk; its "end"; or a "trailer"
+    """RFC 9112, 7.1. Returns whether more is behind it all. A line here is the end of a
+    chunk and the size of the next, or a trailer."""
     left = 0  # bytes of the chunk that are to come
-    unread = b""  # a line that has not ended
+    unread = b"\r\n"  # a line that is not whole, here as if behind a chunk
+    width = 0  # of the last line: the next is mostly as long
+    is_last = False
     fault = ""
     for block in blocks:
         block = unread + block
@@ -1317,26 +1317,29 @@ def _dechunk(blocks: Iterable[bytes]) -> Generator[bytes, None, bool]:
         at = len(pieces[0])
         left -= at
         while not (left or fault):
-            end = block.find(b"\n", at)
-            if end < 0:
-                break
-            line, at = block[at:end], end + 1
-            if expected == "size":
-                size = _parse_size(line)
-                end = at + size
-                pieces.append(block[at:end])
-                if size > 0 and block[end : end + 2] == b"\r\n":
-                    at = end + 2
-                    continue
-                left, at = max(end - len(block), 0), min(end, len(block))
-                expected = "end" if size else "trailer"
-                fault = f"expected a chunk size, got {line!r}" if size < 0 else ""
-            elif expected == "end":
-                expected = "size"
-                fault = "a chunk is longer than its size" if line.strip() else ""
-            elif not line.strip():
-                yield b"".join(pieces)
-                return at < len(block)
+            line = block[at : at + width]
+            size = _parse_size(line)
+            if size < 0 or is_last:
+                end = block.find(b"\n", at if is_last else at + 2) + 1
+                if not end:
+                    break
+                line = block[at:end]
+                size, width = _parse_size(line), len(line)
+            at += len(line)
+            if is_last:
+                if not line.strip():
+                    yield b"".join(pieces)
+                    return at < len(block)
+            elif size >= 0:
+                is_last = size == 0
+                pieces.append(block[at : at + size])
+                at += size
+                if at > len(block):
+                    left, at = at - len(block), len(block)
+            elif line[:1] in b"\r\n":
+                fault = f"expected a chunk size, got {line.strip()!r}"
+            else:
+                fault = "a chunk is longer than its size"
         unread = block[at:]
         if len(unread) > _MAX_FRAMING and not fault:
             fault = f"a line of its framing has more than {_MAX_FRAMING} bytes"
@@ -1349,7 +1352,7 @@ def _dechunk(blocks: Iterable[bytes]) -> Generator[bytes, None, bool]:
 @lru_cache(maxsize=512)  # an answer has few: the sizes of its events
 def _parse_size(line: bytes) -> int:
     """Hexadecimal digits; blanks and extensions may follow. -1: it is no size."""
-    found = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t\r]*(?:;.*)?", line, re.S)
+    found = re.fullmatch(rb"\r?\n[ \t]*([0-9A-Fa-f]{1,16})[ \t\r]*(?:;[^\n]*)?\n", line)
     return int(found[1], 16) if found else -1
 
 
@@ -1472,7 +1475,7 @@ def _open(request: _Request, clock: _Clock) -> _Reply:
         key = (make, peer.origin, tunnel, options.get("context"))
         connection = _take_idle(key)
         if connection is not None:
-            # A dead one costs no try: any server closes after a while.
+            # A dead one costs no try: servers close after a while.
             try:
                 return _exchange(connection, key, request, proxy, clock)
             except OSError as error:
@@ -2512,15 +2515,15 @@ class _Call:
 # The shortcut: chunks that differ in one string from the chunk before
 # ---
 
-# Most chunks are the chunk before with another string in them. Once that is proven for
-# a line, those that follow need no parser: the same bytes around a string literal are
-# the same JSON but for that string. Data that is read in full ends the use of a
-# matcher. Without all this the answer is the same, and an event costs five times more.
+# Most do. Once it is proven for a line, those that follow need no parser: the same
+# bytes around a string literal are the same JSON but for that string. Data that is read
+# in full ends the use of a matcher. Without all this the answer is the same, and an
+# event costs five times more.
 
 #: Bytes of a line of which one is made: of long ones a gzip bomb would make memory.
 _MAX_LEARNED = 16 * 1024
 
-#: A member that OpenAI and others fill with random letters, against eavesdroppers.
+#: OpenAI and others fill it with random letters, against eavesdroppers.
 _find_padding = re.compile(rb'"(obfuscation|p)": ?"(\w+)"').search
 
 
@@ -2815,7 +2818,7 @@ class _Screen:
         self.write("\n" * self._has_note + f"{start}{text}\n", is_note=True)
 
     def filter(self, record: Any) -> bool:
-        """As a filter of the logger: what is shown here is shown nowhere else."""
+        """The logger's: what is shown here is shown nowhere else."""
         self.line(record.getMessage())
         return False
 
