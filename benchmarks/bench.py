@@ -339,7 +339,7 @@ def jobs(scenario, url):
         if loads:
             scale = 1e6 / loads[is_openai][0] if unit == EVENT else 1e3
             job = answers(name, scenario, *loads[is_openai])
-            yield [name], 3 if is_openai else 1, scale, *job
+            yield [name], 3 if name == "openai_stream" else 1, scale, *job
         else:
             # All starts of those that a target is about, 18 of the others, 1 of openai.
             every = 1 if name in ("ours", "naive") else turns // 18
