@@ -1497,12 +1497,10 @@ def test_a_cut_before_the_first_event_is_retried(how, sleeps):
     fails(answers(script, max_retries=1), cs.TransportError, attempts=2)
 
 @pytest.mark.parametrize("start", [
-    b"H",
-    b"HTTP/1.1 200",
+    b"H", b"HTTP/1.1 200",
     *(b"HTTP/1.1 200 OK\r\n" + more for more in (
         b"",
-        b"Server: a\r\nContent-Ty",
-        b"Server: a\r\nContent-Type: tex",
+        b"Server: a\r\nContent-Ty", b"Server: a\r\nContent-Type: tex",
         b"Content-Type: a/b\r\n",
         b"Content-Type: a/b\r\nTransfer-",
         b"Content-Type: a/b\r\nContent-Length:",
@@ -2301,6 +2299,8 @@ FRAMES = [
     ("zeros and capitals", TE, b"0002F\r\n" + ONE + b"\r\n000\r\n\r\n", KEPT),
     ("blanks and extensions", TE, b" 2f ;x=y;z\r\n" + ONE + b"\r\n0;q\r\n\r\n", KEPT),
     ("size lines in LF", TE, b"2f\n" + ONE + b"\r\n0\n\n", KEPT),
+    ("all lines in LF", TE, b"2f\n" + ONE + b"\n0\n\n", KEPT),
+    ("a size behind", TE, chunked(ONE) + LAST + b"7\r\n", UNKEPT),
     ("CR | LF", TE, chunked(*ONE.replace(b"[", b"[\r\ndata:").partition(b"\r")) + LAST, KEPT),
     ("trailers", TE, chunked(ONE) + b"0\r\nX: y\r\nZ: w\r\n\r\n", KEPT),
     ("sizes inside a chunk", TE, chunked(b"0\r\n\r\n" + ONE) + LAST, KEPT),
