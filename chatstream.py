@@ -1047,8 +1047,7 @@ class _Clock:
                 self.check_event()
                 raise late() from None
             raise
-        if self._cancelled:
-            self.check_cancel()
+        self.check_cancel()
         return result
 
     def has_time_for(self, seconds: float) -> bool:
@@ -1083,6 +1082,12 @@ class _Retryable(ChatStreamError):
 
     error: Any = None
     wait: Optional[float] = None
+
+
+def _logger() -> Any:
+    import logging
+
+    return logging.getLogger("chatstream")
 
 
 def _run(request: _Request, clock: _Clock) -> _Events:
@@ -1120,12 +1125,6 @@ def _run(request: _Request, clock: _Clock) -> _Events:
 
 _REQUEST_IDS = ["x-request-id", "apim-request-id", "x-ms-request-id"]
 _REQUEST_IDS += ["x-generation-id", "x-litellm-call-id", "cf-ray"]
-
-
-def _logger() -> Any:
-    import logging
-
-    return logging.getLogger("chatstream")
 
 
 def _attempt(request: _Request, clock: _Clock) -> _Events:
@@ -1351,7 +1350,7 @@ def _dechunk(blocks: Iterable[bytes]) -> Generator[bytes, None, bool]:
 
 @lru_cache(maxsize=512)  # an answer has few: the sizes of its events
 def _parse_size(line: bytes) -> int:
-    """Hexadecimal digits; blanks and extensions may follow. -1: it is no size."""
+    """Of the next chunk; blanks and extensions may follow it. -1: none is there."""
     found = re.fullmatch(rb"\r?\n[ \t]*([0-9A-Fa-f]{1,16})[ \t\r]*(?:;[^\n]*)?\n", line)
     return int(found[1], 16) if found else -1
 
@@ -2515,10 +2514,10 @@ class _Call:
 # The shortcut: chunks that differ in one string from the chunk before
 # ---
 
-# Most do. Once it is proven for a line, those that follow need no parser: the same
-# bytes around a string literal are the same JSON but for that string. Data that is read
-# in full ends the use of a matcher. Without all this the answer is the same, and an
-# event costs five times more.
+# Most chunks do. Once it is proven for a line, those that follow need no parser: the
+# same bytes around a string literal are the same JSON but for that string. Data that is
+# read in full ends the use of a matcher. Without all this the answer is the same, and
+# an event costs five times more.
 
 #: Bytes of a line of which one is made: of long ones a gzip bomb would make memory.
 _MAX_LEARNED = 16 * 1024
@@ -2818,7 +2817,7 @@ class _Screen:
         self.write("\n" * self._has_note + f"{start}{text}\n", is_note=True)
 
     def filter(self, record: Any) -> bool:
-        """The logger's: what is shown here is shown nowhere else."""
+        """Called by the logger, whose records then go nowhere else."""
         self.line(record.getMessage())
         return False
 

@@ -224,7 +224,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         _, scenario, count, *_ = self.path.split("/")
-        # A slower one would be what is measured: clients then wait for each segment.
+        # A slower loop would be what is measured: clients then wait for each segment.
         collections.deque(map(self.connection.sendall, bake(scenario, int(count))), 0)
 
 
